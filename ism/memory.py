@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mappings and memory files: the few calls Python's `mmap` does not offer (fixed addresses, seals, zero pages).
+
+A `Mapping` is a range of this process's addresses. It is unmapped only when nothing refers to it any more: every
+memoryview of it keeps it alive, so a view used too late reads old or zero bytes and never crashes the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+
+PAGE_SIZE = mmap.PAGESIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_munmap = _libc.munmap
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_munmap.restype = ctypes.c_int
+_mremap = _libc.mremap
+_mremap.restype = ctypes.c_void_p
+_mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+MAP_FIXED = 0x10
+MAP_NORESERVE = 0x4000
+_MREMAP_MAYMOVE_FIXED = 1 | 2
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MFD_NOEXEC_SEAL = 0x8
+
+
+def _map(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    result = _mmap(address or None, length, prot, flags, fd, offset)
+    if result is None or result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {length} bytes failed: {os.strerror(code)}")
+    return int(result)
+
+
+def protection(read: bool, write: bool) -> int:
+    """PROT_ bits for the given rights."""
+    return (mmap.PROT_READ if read else 0) | (mmap.PROT_WRITE if write else 0)
+
+
+class Mapping:
+    """A page-aligned range of addresses of this process.
+
+    Attributes: `address`, `length` (bytes), `view` (writable memoryview of all of it; writing where the pages are
+    mapped read-only is a fault, so writers must know their rights).
+    """
+
+    def __init__(self, length: int) -> None:
+        """Reserve `length` bytes (a page multiple), backed by private zero pages. Raises OSError."""
+        if length <= 0 or length % PAGE_SIZE:
+            raise ValueError(f"mapping length {length} is not a positive multiple of the page size {PAGE_SIZE}")
+        self.address = _map(
+            0,
+            length,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
+            -1,
+            0,
+        )
+        self.length = length
+        exporter = (ctypes.c_char * length).from_address(self.address)
+        # the array, which every view refers to, owns the address range: not this object, not close()
+        weakref.finalize(exporter, _munmap, self.address, length).atexit = False
+        self._exporter = exporter
+        self.view = memoryview(exporter).cast("B")
+
+    def _check(self, at: int, length: int) -> None:
+        if at < 0 or length <= 0 or at % PAGE_SIZE or length % PAGE_SIZE or at + length > self.length:
+            raise ValueError(f"range {at}+{length} is not a page-aligned part of a mapping of {self.length} bytes")
+
+    def place(self, at: int, length: int, fd: int, file_offset: int, *, read: bool = True, write: bool = True) -> None:
+        """Map `length` bytes of `fd` over [at, at + length) of this mapping, shared. Raises OSError, ValueError."""
+        self._check(at, length)
+        prot = protection(read, write)
+        _map(self.address + at, length, prot, mmap.MAP_SHARED | MAP_FIXED, fd, file_offset)
+
+    def share(self, at: int, other: Mapping) -> None:
+        """Show the shared pages of `other` at `at` of this mapping too. Raises OSError, ValueError."""
+        self._check(at, other.length)
+        # an old size of 0 duplicates a shared mapping, with the rights that it has (mremap(2))
+        result = _mremap(other.address, 0, other.length, _MREMAP_MAYMOVE_FIXED, self.address + at)
+        if result is None or result == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"mremap of {other.length} bytes failed: {os.strerror(code)}")
+
+    def clear(self, at: int = 0, length: int | None = None) -> None:
+        """Put private zero pages over the range: what was mapped there is let go. Raises OSError, ValueError."""
+        if length is None:
+            length = self.length - at
+        self._check(at, length)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        _map(self.address + at, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+
+def create_memfd(name: str, size: int) -> int:
+    """Make a zero-filled memory file: sealed against growing, shrinking and, where the kernel can, execution.
+
+    Args: `name` shows in /proc; `size` in bytes.
+    Returns: a descriptor owned by the caller.
+    Raises: OSError (ENOMEM, EMFILE, ENFILE).
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create(name, flags)  # Linux before 6.3
+    try:
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def reopen_readonly(fd: int) -> int:
+    """Open the same file again with O_RDONLY: a descriptor that can never be mapped writable. Raises OSError."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def memfd_seals(fd: int) -> int:
+    """Seals of a memory file (F_SEAL_ bits). Raises OSError (EINVAL: not a memory file)."""
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
