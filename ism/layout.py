@@ -4,7 +4,7 @@
 A `Struct` subclass lists its fields with width, offset and meaning; from the table come the explicit-endian codec,
 the size assertion (at import) and the offsets. Nothing here knows any particular structure.
 
-    class Header(Struct, size=4, order="<"):
+    class Header(Struct, size=4, byte_order="<"):
         kind: int = field("B", 0, "message kind, 1..4")
         length: int = field("H", 2, "whole message, bytes")
 
@@ -56,7 +56,7 @@ class Struct:
     _codec: ClassVar[struct.Struct]
     _names: ClassVar[tuple[str, ...]]
 
-    def __init_subclass__(cls, *, size: int, order: str = "<") -> None:
+    def __init_subclass__(cls, *, size: int, byte_order: str = "<") -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         rows = [
             FieldInfo(
@@ -69,7 +69,7 @@ class Struct:
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         ]
         rows.sort(key=lambda row: row.offset)
-        codec, end = order, 0
+        codec, end = byte_order, 0
         for row in rows:
             if row.offset < end:
                 raise TypeError(f"{cls.__name__}.{row.name} at {row.offset} overlaps the field that ends at {end}")
@@ -79,7 +79,7 @@ class Struct:
             raise TypeError(f"{cls.__name__} needs {end} bytes, declared {size}")
         cls._codec = struct.Struct(codec + f"{size - end}x")
         assert cls._codec.size == size
-        cls.SIZE, cls.ORDER, cls.FIELDS = size, order, tuple(rows)
+        cls.SIZE, cls.ORDER, cls.FIELDS = size, byte_order, tuple(rows)
         cls._names = tuple(row.name for row in rows)
 
     def pack(self) -> bytes:
