@@ -83,6 +83,10 @@ class Mapping:
         prot = protection(read, write)
         _map(self.address + at, length, prot, mmap.MAP_SHARED | MAP_FIXED, fd, file_offset)
 
+    def place_anonymous(self, flags: int) -> None:
+        """Map new zero-filled memory over all of this mapping, with the given MAP_ flags. Raises OSError."""
+        _map(self.address, self.length, mmap.PROT_READ | mmap.PROT_WRITE, flags | MAP_FIXED, -1, 0)
+
     def share(self, at: int, other: Mapping) -> None:
         """Show the shared pages of `other` at `at` of this mapping too. Raises OSError, ValueError."""
         self._check(at, other.length)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ism` command. One module a sub-command, imported only when it is called: `ism --help` loads no Numba."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from ism import __version__
+from ism.errors import ConfigError, IsmError
+
+_COMMANDS = {
+    "demo": "Send a file between two processes over shared memory, and compare with TCP.",
+    "manager": "Run the device manager of this host.",
+    "status": "Show devices, regions, attachments and bytes of the running manager.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"ism.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ism")
+def cli() -> None:
+    """Sockets over shared memory between virtual machines and containers on one host."""
+
+
+def main() -> None:
+    """Entry point: errors of this package become one line and a status (2 for bad configuration, 1 otherwise)."""
+    try:
+        cli(prog_name="ism")
+    except IsmError as exc:
+        click.echo(f"ism: {exc}", err=True)
+        sys.exit(2 if isinstance(exc, ConfigError) else 1)
