@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One end of a duplex connection over two regions: the Python face of the compiled ring kernels.
+
+An `Endpoint` sends into the peer's region and receives from its own, without waiting longer than a bounded spin; what
+to do between two calls (sleep on a descriptor, run other tasks) is the caller's choice. It owns its private cursors
+and keeps both mappings alive; it never unmaps, never reads or closes a descriptor, and never writes its own region,
+which may be mapped read-only. The peer owns every byte of this side's region and may lie in all of them: a lie is
+`RemoteProtocolError`, now and on every later call. Flags and cursors mean what they mean in RFC 7609.
+
+Sending and receiving are independent and may be done by two threads. Two threads in the same direction are a bug of the
+caller, refused where they meet inside a kernel. After a fork only one of the two processes may use an endpoint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+from ism.errors import LocalProtocolError, RemoteProtocolError
+from ism.shm import header
+from ism.shm import state as words
+from ism.shm.header import HEADER_BYTES, LINE_BYTES, Flags
+from ism.shm.kernels import load_kernels
+
+MAX_SPIN_NS = 50_000
+"""No call spins longer: Ctrl-C and cancellation wait for it."""
+
+_WINDOW_BYTES = 64 * 1024
+_DOORBELL = words.DOORBELL
+_FIELD_NAMES = {
+    0: "hello",
+    header.RING_BYTES: "ring_bytes",
+    header.PRODUCER: "producer cursor",
+    header.CONSUMER: "consumer cursor",
+    header.FLAGS: "flags",
+}
+
+
+class Mapped(Protocol):
+    """A region mapped into this process. It must stay mapped for as long as the object, or a view made of it, lives."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+class RxState(enum.IntEnum):
+    """What the receiving direction can still deliver; see `Endpoint.rx_state`."""
+
+    EMPTY = 0
+    """Nothing to read now; more may come."""
+    DATA = 1
+    """Bytes are there."""
+    EOF = 2
+    """Everything was read and the peer will send no more."""
+    ABORTED = 3
+    """Everything was read and the peer closed abnormally."""
+
+
+_RX_STATES = tuple(RxState)
+
+
+def kernel_id() -> int:
+    """Return a number for the running kernel, equal in all containers of one machine, other in each virtual machine.
+
+    Returns: 64 bits, signed; 0 when the kernel does not say, which compares equal to nothing.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return 0
+    return int.from_bytes(hashlib.sha256(b"ism.shm kernel id " + boot).digest()[:8], "little", signed=True)
+
+
+class Endpoint:
+    """One end of a duplex connection: sends into `tx`, receives from `rx`.
+
+    Attributes: `rx_ring_bytes`, `tx_ring_bytes` (capacity of either direction).
+    """
+
+    __slots__ = (
+        "_address",
+        "_block",
+        "_doorbell",
+        "_kernels",
+        "_recv",
+        "_rx",
+        "_rx_view",
+        "_send",
+        "_tx",
+        "_tx_view",
+        "_words",
+        "rx_ring_bytes",
+        "tx_ring_bytes",
+    )
+
+    def __init__(
+        self,
+        rx: Mapped,
+        tx: Mapped,
+        *,
+        doorbell: Callable[[], object],
+        max_spin_ns: int = MAX_SPIN_NS,
+        kernel: int | None = None,
+    ) -> None:
+        """Start on two fresh (zero-filled) regions; writes the hello word into `tx`.
+
+        Args:
+            rx: this side's own region, which the peer writes; read-only is enough.
+            tx: the peer's region, writable here.
+            doorbell: wakes the peer. Called at most once per sleep of either side of the peer, never while both are
+                awake, always after the data or flags it is about are visible. What it raises passes through the call
+                that rang, whose effect has taken place.
+            max_spin_ns: longest spin of a call that finds nothing to do, 0..50000.
+            kernel: number of the running kernel for comparing CPU numbers; `kernel_id()` by default.
+
+        Raises:
+            ValueError: a region is no larger than its header or not aligned to 128 bytes; `max_spin_ns` out of range.
+            FeatureMismatchError: Numba is switched off.
+        """
+        for name, region in (("rx", rx), ("tx", tx)):
+            if region.length <= HEADER_BYTES or region.address <= 0 or region.address % LINE_BYTES:
+                raise ValueError(
+                    f"{name} region of {region.length} bytes at {region.address:#x} cannot hold a ring: it needs "
+                    f"more than {HEADER_BYTES} bytes and an address that is a multiple of {LINE_BYTES}"
+                )
+        self._kernels = load_kernels()
+        self._send, self._recv = self._kernels.send, self._kernels.recv
+        self._doorbell = doorbell
+        self._rx: Mapped | None = rx
+        self._tx: Mapped | None = tx
+        self.rx_ring_bytes = rx.length - HEADER_BYTES
+        self.tx_ring_bytes = tx.length - HEADER_BYTES
+        self._rx_view = _ring_view(rx).toreadonly()
+        self._tx_view = _ring_view(tx)
+        self._block = words.new_block()
+        self._address = int(self._block.ctypes.data)
+        self._words = memoryview(cast("Any", self._block))
+        mine = self._words
+        mine[words.RX_HEADER], mine[words.TX_HEADER] = rx.address, tx.address
+        mine[words.RX_RING], mine[words.TX_RING] = rx.address + HEADER_BYTES, tx.address + HEADER_BYTES
+        mine[words.RX_BYTES], mine[words.TX_BYTES] = self.rx_ring_bytes, self.tx_ring_bytes
+        mine[words.WINDOW] = max(1, min(self.rx_ring_bytes // 4, _WINDOW_BYTES))
+        mine[words.KERNEL] = kernel_id() if kernel is None else kernel
+        mine[words.ALONE] = len(os.sched_getaffinity(0)) == 1
+        self.max_spin_ns = max_spin_ns
+        self._kernels.start(self._address, 0)
+
+    # Sending
+
+    def send(self, data: Any, wait: bool = True) -> int:
+        """Copy as much of `data` into the peer's ring as fits, and wake the peer's reader if it sleeps.
+
+        Args:
+            data: bytes, bytearray, memoryview or array: any contiguous buffer.
+            wait: spin within the adaptive budget when the ring is full.
+
+        Returns:
+            Bytes copied, possibly fewer than fit; 0 only when the ring stayed full (or `data` is empty).
+
+        Raises:
+            TypeError, BufferError, ValueError: `data` is not a contiguous buffer.
+            RemoteProtocolError: the peer's header lies, now or earlier.
+            LocalProtocolError: closed, or another thread is sending.
+
+        Ordering: the bytes are written, then the producer cursor is stored with release, then a full fence, then the
+        peer's sleep number is read.
+        """
+        sent = self._send(self._address, data, wait)
+        if 0 <= sent < _DOORBELL:
+            return sent
+        return self._finish(sent)
+
+    def reserve(self, wanted: int) -> memoryview:
+        """Lend free space of the peer's ring for writing in place; `commit` publishes it.
+
+        Args: `wanted`: bytes, 0 or more.
+        Returns: a writable view of 0 to `wanted` contiguous bytes, shorter at the ring's end. Its memory stays mapped
+            while the view lives, but belongs to the stream once committed. `send` and a new `reserve` withdraw it.
+        Raises: RemoteProtocolError, LocalProtocolError (as `send`; also a negative `wanted`).
+        """
+        granted = self._command(self._kernels.reserve, wanted)
+        at = self._words[words.PRODUCER] % self.tx_ring_bytes
+        return self._tx_view[at : at + granted]
+
+    def commit(self, count: int) -> None:
+        """Publish the first `count` bytes of the last reservation; the rest of it is withdrawn.
+
+        Raises: LocalProtocolError (more than was reserved, closed), RemoteProtocolError.
+        Ordering: as `send`.
+        """
+        self._command(self._kernels.commit, count)
+
+    def writable_bytes(self) -> int:
+        """Count the free bytes of the peer's ring. Raises: RemoteProtocolError, LocalProtocolError."""
+        return self._command(self._kernels.writable_bytes)
+
+    # Receiving
+
+    def recv(self, max_bytes: int, wait: bool = True) -> bytes | None:
+        """Copy out up to `max_bytes`, and wake the peer's writer if it sleeps and room enough was made.
+
+        Args:
+            max_bytes: upper limit, 1 or more; 0 delivers None.
+            wait: spin within the adaptive budget when the ring is empty.
+
+        Returns:
+            A copy, never empty; None when nothing came, and then `rx_state` tells why.
+
+        Raises:
+            ValueError: `max_bytes` is negative.
+            RemoteProtocolError: the peer's header lies, now or earlier.
+            LocalProtocolError: closed, or another thread is receiving.
+            MemoryError: no memory for the copy; nothing is consumed.
+
+        Ordering: the producer cursor is loaded with acquire, the bytes are read, the consumer cursor is stored with
+        release.
+        """
+        data = self._recv(self._address, max_bytes, wait)
+        outcome = self._words[words.RX_OUTCOME]
+        if outcome != 0:
+            self._finish(outcome)
+        elif data is None and max_bytes < 0:
+            raise ValueError(f"max_bytes is {max_bytes}, must not be negative")
+        return data
+
+    def recv_into(self, buffer: Any, wait: bool = True) -> int:
+        """Copy what is there into `buffer`, as `recv` does.
+
+        Args: `buffer`: a writable contiguous buffer. `wait`: as for `recv`.
+        Returns: bytes copied; 0 when nothing came (or `buffer` is empty).
+        Raises: as `recv`; TypeError, BufferError, ValueError when `buffer` cannot be written in place.
+        """
+        received = self._kernels.recv_into(self._address, buffer, wait)
+        if 0 <= received < _DOORBELL:
+            return received
+        return self._finish(received)
+
+    def peek(self) -> tuple[memoryview, ...]:
+        """Lend everything that can be read, without a copy.
+
+        Returns: none, one or two read-only views, in stream order (two where the ring wraps). The memory stays mapped
+            while a view lives; the contents are stable only until `consume` or a receive gives the bytes back, and a
+            hostile peer can change them at any time: copy before checking what you then use.
+        Raises: RemoteProtocolError, LocalProtocolError.
+        """
+        unread = self._command(self._kernels.readable_bytes)
+        if unread == 0:
+            return ()
+        at = self._words[words.CONSUMER] % self.rx_ring_bytes
+        first = self._rx_view[at : at + unread]
+        if len(first) == unread:
+            return (first,)
+        return first, self._rx_view[: unread - len(first)]
+
+    def consume(self, count: int) -> None:
+        """Give back the first `count` of the bytes that `peek` or `readable_bytes` showed.
+
+        Raises: LocalProtocolError (more than was shown, closed), RemoteProtocolError.
+        Ordering: the consumer cursor is stored with release.
+        """
+        self._command(self._kernels.consume, count)
+
+    def readable_bytes(self) -> int:
+        """Count the bytes to read. Raises: RemoteProtocolError, LocalProtocolError."""
+        return self._command(self._kernels.readable_bytes)
+
+    def rx_state(self) -> RxState:
+        """Tell data, end of stream, abort and mere emptiness apart, in one step.
+
+        Returns: DATA whenever there are unread bytes, so that EOF and ABORTED are never reported before all data.
+        Raises: RemoteProtocolError, LocalProtocolError.
+        Ordering: the peer's flags are loaded with acquire before its producer cursor.
+        """
+        return _RX_STATES[self._command(self._kernels.rx_state)]
+
+    # Flags
+
+    def peer_flags(self) -> Flags:
+        """Read the peer's flags. Bytes it sent before setting them may still be unread.
+
+        Raises: RemoteProtocolError (also when a flag was taken back), LocalProtocolError (closed).
+        Ordering: loaded with acquire.
+        """
+        return Flags(self._command(self._kernels.flags_of_peer) & header.STATE_FLAGS)
+
+    def set_flags(self, bits: int) -> None:
+        """Add flags for the peer to see, and wake whichever of its sides sleeps. Flags are never taken back.
+
+        Works after the peer lied too: that is how a connection is aborted.
+
+        Raises: ValueError (reserved bits), LocalProtocolError (closed).
+        Ordering: stored with release, after everything published; then a full fence, then the sleep numbers are read.
+        """
+        if bits & ~header.KNOWN_FLAGS:
+            raise ValueError(f"flags {bits:#x} hold reserved bits, known are {header.KNOWN_FLAGS:#x}")
+        self._command(self._kernels.set_flags, int(bits))
+
+    # Sleeping and waking
+
+    def park_reader(self, beyond: int = 0) -> bool:
+        """Announce that the reader is about to sleep. The caller drains its eventfd before, never after, this call.
+
+        Args: `beyond`: sleep although up to this many bytes are there (a reader that needs more than it peeked at).
+        Returns: True: sleep until the doorbell, then call `unpark_reader`. False: bytes or a flag arrived, and the
+            announcement was taken back.
+        Raises: RemoteProtocolError, LocalProtocolError (also `beyond` not below the ring size).
+        Ordering: the sleep number is stored with release, then a full fence, then flags and producer cursor are loaded.
+        """
+        return bool(self._command(self._kernels.park_reader, beyond))
+
+    def park_writer(self, beyond: int = 0) -> bool:
+        """Announce that the writer is about to sleep for want of room, as `park_reader` does for want of bytes.
+
+        Args: `beyond`: sleep although up to this many bytes are free.
+        Returns: True: sleep until the doorbell, then call `unpark_writer`. False: there is room, or the peer closed.
+        Raises: RemoteProtocolError, LocalProtocolError (also `beyond` not below the ring size).
+        """
+        return bool(self._command(self._kernels.park_writer, beyond))
+
+    def unpark_reader(self) -> None:
+        """Announce that the reader is awake, after a doorbell, a timeout or a cancellation. Never fails."""
+        self._command(self._kernels.unpark, 0)
+
+    def unpark_writer(self) -> None:
+        """Announce that the writer is awake. Never fails."""
+        self._command(self._kernels.unpark, 1)
+
+    def ring_doorbell_if_parked(self) -> bool:
+        """Ring if a side of the peer sleeps and was not rung for that sleep; returns whether it was rung.
+
+        For a reader that neither parks nor takes all there is, such as one that polls `peek`: freed space too small
+        for a wake-up of its own is announced by this call.
+
+        Raises: LocalProtocolError (closed).
+        """
+        result = self._kernels.ring_if_parked(self._address, 0)
+        self._finish(result)
+        return result == _DOORBELL
+
+    # Settings and end
+
+    @property
+    def max_spin_ns(self) -> int:
+        """Longest spin of one call in ns, 0..50000. Setting it resets the adaptive budget."""
+        return self._words[words.MAX_SPIN_NS]
+
+    @max_spin_ns.setter
+    def max_spin_ns(self, value: int) -> None:
+        if not 0 <= value <= MAX_SPIN_NS:
+            raise ValueError(f"max_spin_ns is {value}, must be 0..{MAX_SPIN_NS}")
+        self._words[words.MAX_SPIN_NS] = value
+        for base in (words.TX_SPIN, words.RX_SPIN):
+            self._words[base + words.SPIN_BUDGET_NS] = value
+            self._words[base + words.SPIN_BACKOFF] = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._words[words.FATE] == words.SHUT
+
+    def close(self) -> None:
+        """End all use of the regions by this endpoint; later calls raise LocalProtocolError. Tells the peer nothing.
+
+        The mappings are let go at once unless another thread is inside a call; lent views keep them mapped.
+        """
+        self._words[words.FATE] = words.SHUT
+        if not self._words[words.TX_BUSY] and not self._words[words.RX_BUSY]:
+            self._rx = self._tx = None
+            self._rx_view = self._tx_view = memoryview(b"")
+
+    # Inside
+
+    def _command(self, kernel: Callable[[int, int], int], argument: int = 0) -> int:
+        result = kernel(self._address, argument)
+        if 0 <= result < _DOORBELL:
+            return result
+        return self._finish(result)
+
+    def _finish(self, result: int) -> int:
+        """Ring the doorbell or raise the error that a kernel's result asks for; returns the count in it."""
+        if result >= _DOORBELL:
+            self._doorbell()
+            return result - _DOORBELL
+        if result < 0:
+            self._fail(result)
+        return result
+
+    def _fail(self, code: int) -> NoReturn:
+        mine = self._words
+        if code == words.FAILED_LIE:
+            name = _FIELD_NAMES[mine[words.LIE_FIELD]]
+            seen, low, high = (mine[word] % 2**64 for word in (words.LIE_OBSERVED, words.LIE_LOWEST, words.LIE_HIGHEST))
+            raise RemoteProtocolError(
+                f"the peer wrote {name} {seen:#x}, expected {low:#x} to {high:#x}: abort the connection",
+                state="poisoned",
+                event=name,
+            )
+        if code == words.FAILED_SHUT:
+            raise LocalProtocolError("the endpoint is closed", state="closed")
+        if code == words.FAILED_BUSY:
+            raise LocalProtocolError(
+                "another thread is in a call of the same direction: one sender and one receiver at a time",
+                state="busy",
+            )
+        raise LocalProtocolError(
+            "the count is negative or exceeds what was lent: reserve before commit, peek before consume, and wait "
+            "for less than the ring can hold",
+            state="open",
+        )
+
+
+def _ring_view(region: Mapped) -> memoryview:
+    """View of the ring behind the header; the exporter refers to the region, so every slice keeps it mapped."""
+    exporter = (ctypes.c_char * (region.length - HEADER_BYTES)).from_address(region.address + HEADER_BYTES)
+    exporter.region = region  # type: ignore[attr-defined]
+    return memoryview(exporter).cast("B")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validated reads of the words the peer writes: hello, flags, cursors. Compiled helpers, called by other kernels.
+
+The peer may write anything at any time, also between two reads. So each word is read exactly once, with acquire,
+checked against the private words of `ism.shm.state`, and only then accepted there. A value outside its bounds is a
+lie: it is recorded (which word, what was read, what would have been right), the endpoint is poisoned, and every later
+call fails the same way. Nothing outside the header page is read here, and nothing is written but private words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ism.shm.atomics import load_acquire_u32, load_acquire_u64
+from ism.shm.header import CONSUMER as CONSUMER_AT
+from ism.shm.header import FLAGS, HELLO, KERNEL_ID, KNOWN_FLAGS, PRODUCER, RING_BYTES
+from ism.shm.jit import helper
+from ism.shm.state import (
+    CONSUMER,
+    FAILED_BUSY,
+    FAILED_LIE,
+    FAILED_SHUT,
+    FATE,
+    HELLO_SEEN,
+    KERNEL,
+    LIE_FIELD,
+    LIE_HIGHEST,
+    LIE_LOWEST,
+    LIE_OBSERVED,
+    PEER_CONSUMER,
+    PEER_FLAGS,
+    PEER_PRODUCER,
+    POISONED,
+    RX_BYTES,
+    RX_HEADER,
+    SAME_KERNEL,
+    SHUT,
+    TX_BYTES,
+    get,
+    put,
+)
+from ism.shm.state import PRODUCER as MY_PRODUCER
+
+
+@helper
+def entry_error(state: Any, busy_word: int) -> int:
+    """0 when a call may begin, else the result it must end with. `busy_word`: TX_BUSY or RX_BUSY."""
+    fate = get(state, FATE)
+    if fate == SHUT:
+        return FAILED_SHUT
+    if fate == POISONED:
+        return FAILED_LIE
+    if get(state, busy_word) != 0:
+        return FAILED_BUSY
+    return 0
+
+
+@helper
+def lie(state: Any, field: int, observed: int, lowest: int, highest: int) -> int:
+    """Record what the peer wrote into the header word at offset `field`, poison the endpoint."""
+    if get(state, FATE) != POISONED:
+        put(state, LIE_FIELD, field)
+        put(state, LIE_OBSERVED, observed)
+        put(state, LIE_LOWEST, lowest)
+        put(state, LIE_HIGHEST, highest)
+        put(state, FATE, POISONED)
+    return FAILED_LIE
+
+
+@helper
+def greet(state: Any) -> int:
+    """Check, once, who wrote the header; called when any other word of it was seen to be set. 0 or FAILED_LIE.
+
+    The peer writes the hello word with release before it stores any other word with release, so whoever acquired
+    one of those must find the hello word.
+    """
+    header = get(state, RX_HEADER)
+    hello = load_acquire_u64(header)
+    if hello != HELLO:
+        return lie(state, 0, hello, HELLO, HELLO)
+    ring_bytes = load_acquire_u64(header + RING_BYTES)
+    if ring_bytes != get(state, RX_BYTES):
+        return lie(state, RING_BYTES, ring_bytes, get(state, RX_BYTES), get(state, RX_BYTES))
+    mine = get(state, KERNEL)
+    put(state, SAME_KERNEL, 1 if mine != 0 and load_acquire_u64(header + KERNEL_ID) == mine else 0)
+    put(state, HELLO_SEEN, 1)
+    return 0
+
+
+@helper
+def peer_flags(state: Any) -> int:
+    """Read the peer's flags with acquire: everything it wrote before setting them is visible. FAILED_LIE if cleared."""
+    flags = load_acquire_u32(get(state, RX_HEADER) + FLAGS) & KNOWN_FLAGS
+    seen = get(state, PEER_FLAGS)
+    if flags == seen:
+        return flags
+    if seen & ~flags != 0:
+        return lie(state, FLAGS, flags, seen | flags, KNOWN_FLAGS)
+    if get(state, HELLO_SEEN) == 0 and greet(state) < 0:
+        return FAILED_LIE
+    put(state, PEER_FLAGS, flags)
+    return flags
+
+
+@helper
+def readable(state: Any) -> int:
+    """Read the peer's producer cursor with acquire; returns bytes to read, or FAILED_LIE.
+
+    The difference to the last accepted value is taken in wrapping 64-bit arithmetic and must lie between 0 and the
+    free space: one comparison refuses what goes back, what overtakes the ring, and values above 2**63.
+    """
+    accepted = get(state, PEER_PRODUCER)
+    consumer = get(state, CONSUMER)
+    producer = load_acquire_u64(get(state, RX_HEADER) + PRODUCER)
+    if producer == accepted:
+        return accepted - consumer
+    step = producer - accepted
+    if step < 0 or step > get(state, RX_BYTES) - (accepted - consumer):
+        return lie(state, PRODUCER, producer, accepted, consumer + get(state, RX_BYTES))
+    if get(state, HELLO_SEEN) == 0 and greet(state) < 0:
+        return FAILED_LIE
+    put(state, PEER_PRODUCER, producer)
+    return producer - consumer
+
+
+@helper
+def writable(state: Any) -> int:
+    """Read the peer's consumer cursor with acquire; returns free bytes in the outgoing ring, or FAILED_LIE.
+
+    The acquire orders the peer's reads of the ring before the writes that will reuse the space.
+    """
+    accepted = get(state, PEER_CONSUMER)
+    producer = get(state, MY_PRODUCER)
+    consumer = load_acquire_u64(get(state, RX_HEADER) + CONSUMER_AT)
+    if consumer != accepted:
+        step = consumer - accepted
+        if step < 0 or step > producer - accepted:
+            return lie(state, CONSUMER_AT, consumer, accepted, producer)
+        if get(state, HELLO_SEEN) == 0 and greet(state) < 0:
+            return FAILED_LIE
+        put(state, PEER_CONSUMER, consumer)
+        accepted = consumer
+    return get(state, TX_BYTES) - (producer - accepted)
