@@ -25,7 +25,7 @@ def manager() -> Iterator[Path]:
     """Run a manager in a directory of its own and point ISM_DEVICE at it. Yields its run directory."""
     with tempfile.TemporaryDirectory(prefix="ism-bench-") as name:
         directory = Path(name)
-        with subprocess.Popen([sys.executable, "-m", "ism", "manager", "--run-dir", name]) as process:
+        with subprocess.Popen([sys.executable, "-m", "ism", "manager", "--quiet", "--run-dir", name]) as process:
             try:
                 deadline = time.monotonic() + START_TIMEOUT_S
                 while not paths.control_socket(directory).exists():

@@ -64,7 +64,7 @@ def _manager(console: Console) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="ism-demo-run-") as directory:
-        command = [sys.executable, "-m", "ism", "manager", "--run-dir", directory]
+        command = [sys.executable, "-m", "ism", "manager", "--quiet", "--run-dir", directory]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
             try:
                 _wait_until_listening(process, Path(directory))
