@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one client is told to map, unmap and wire, in order, and what happens once it has.
+
+It owns the order: orders go out over the map channel as they come, many at a time, and are finished in the order in
+which they were given. A step (`then`) is taken when everything before it is finished; a control command is completed by
+one. Without a map channel nothing has to be told: steps are taken at once.
+
+The client is hostile: it may refuse, answer late or not at all. Whoever gave an order is told of a refusal; an answer
+that does not come ends the channel, and with it this client's device alone. What waits is bounded by what the registry
+lets the device hold, and by one order to wire per region.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from ism.device.contract import MapChunks, UnmapChunks
+from ism.errors import TransportError
+from ism.manager.memories import Memories
+from ism.memory import reopen_readonly
+from ism.vfio_user.errors import MapChannelClosedError
+from ism.vfio_user.fds import Fd
+from ism.vfio_user.map_channel_server import MapChannelServer, PendingAnswer
+from ism.vfio_user.map_channel_wire import RIGHT_READ, RIGHT_WRITE
+from ism.virtio.ism_spec import Permission
+
+logger = logging.getLogger("ism.manager")
+
+MAX_UNANSWERED = 256
+
+Refused = Callable[[TransportError], None]
+
+
+class Order(Protocol):
+    """One thing to be done by the client."""
+
+    def ready(self) -> bool:
+        """Tell whether it can go out now. May raise OSError."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Wait until it may be ready."""
+        ...
+
+    def send(self, channel: MapChannelServer) -> PendingAnswer | None:
+        """Send it; None when there is nothing to send. Raises OSError, TransportError."""
+        ...
+
+    def finish(self, refused: TransportError | None) -> None:
+        """The client has done it, or refused; also called when nobody will ever know."""
+        ...
+
+
+class MapOrder:
+    """Map chunks with the rights of the effect, after the seal that a read-only mapping needs."""
+
+    __slots__ = ("_effect", "_memories", "_refused", "_writes")
+
+    def __init__(self, effect: MapChunks, memories: Memories, refused: Refused) -> None:
+        self._effect, self._memories, self._refused = effect, memories, refused
+        self._writes = bool(effect.rights & Permission.WRITE)
+        if self._writes:
+            memories.writer_begins(effect.memory)
+
+    def ready(self) -> bool:
+        return self._writes or self._memories.may_share_readonly(self._effect.memory)
+
+    async def wait_ready(self) -> None:
+        await self._memories.wait_writers_gone(self._effect.memory)
+
+    def send(self, channel: MapChannelServer) -> PendingAnswer:
+        effect = self._effect
+        if self._writes:
+            rights = RIGHT_READ | RIGHT_WRITE
+            return channel.map_nowait(effect.offset, effect.length, effect.file_offset, rights, effect.memory.fd)
+        with Fd(reopen_readonly(effect.memory.fd)) as fd:
+            return channel.map_nowait(effect.offset, effect.length, effect.file_offset, RIGHT_READ, fd)
+
+    def finish(self, refused: TransportError | None) -> None:
+        if self._writes:
+            self._memories.writer_ends(self._effect.memory)
+        if refused is not None:
+            self._refused(refused)
+
+
+class UnmapOrder:
+    """Put zero pages over chunks."""
+
+    __slots__ = ("_effect", "_refused")
+
+    def __init__(self, effect: UnmapChunks, refused: Refused) -> None:
+        self._effect, self._refused = effect, refused
+
+    def ready(self) -> bool:
+        return True
+
+    async def wait_ready(self) -> None:
+        pass
+
+    def send(self, channel: MapChannelServer) -> PendingAnswer:
+        return channel.unmap_nowait(self._effect.offset, self._effect.length)
+
+    def finish(self, refused: TransportError | None) -> None:
+        if refused is not None:
+            self._refused(refused)
+
+
+class _Entry:
+    __slots__ = ("answer", "failure", "order", "sent", "step")
+
+    def __init__(self, order: Order | None, step: Callable[[], None] | None) -> None:
+        self.order, self.step = order, step
+        self.sent = order is None
+        self.answer: PendingAnswer | None = None
+        self.failure: TransportError | None = None
+
+
+class Orders:
+    """The orders of one client. `channel` None: it has no map channel."""
+
+    def __init__(self, window_size: int, page_size: int) -> None:
+        self._window_size, self._page_size = window_size, page_size
+        self._channel: MapChannelServer | None = None
+        self._greeted = False
+        self._sending = False
+        self._closed = False
+        self._entries: deque[_Entry] = deque()
+        self._unsent: deque[_Entry] = deque()
+        self._unanswered = 0
+        self._waiting: set[trio.Event] = set()
+        self._idle = trio.lowlevel.ParkingLot()
+
+    @property
+    def has_channel(self) -> bool:
+        """Whether the client maps memory itself."""
+        return self._channel is not None
+
+    def open(self, channel: MapChannelServer) -> None:
+        """Use this channel from now on; `run` and the channel's own `run` are started by the caller."""
+        self._channel = channel
+
+    def give(self, order: Order) -> None:
+        """Add an order; it goes out now if it can."""
+        if self._closed or self._channel is None:
+            order.finish(None)
+            return
+        entry = _Entry(order, None)
+        self._add(entry)
+        self._unsent.append(entry)
+        self._send_ready()
+
+    def then(self, step: Callable[[], None]) -> None:
+        """Take a step when all orders given so far are finished: now, when they are. Never after `close`."""
+        if self._closed:
+            return
+        if self._entries:
+            self._add(_Entry(None, step))
+        else:
+            step()
+
+    async def wait_done(self) -> None:
+        """Wait until the orders given so far are finished, or never will be."""
+        if self._entries:
+            done = trio.Event()
+            self._waiting.add(done)
+            self._add(_Entry(None, done.set))
+            try:
+                await done.wait()
+            finally:
+                self._waiting.discard(done)
+
+    async def run(self) -> None:
+        """Finish orders as the client answers, until MapChannelClosedError: the channel is over."""
+        assert self._channel is not None
+        turn = 0
+        while True:
+            while not self._entries:
+                await self._idle.park()
+            entry = self._entries[0]
+            if entry.order is not None:
+                await self._settle(entry.order, entry)
+            self._entries.popleft()
+            if entry.step is not None:
+                entry.step()
+            self._send_ready()
+            turn += 1
+            if not turn % 32:
+                await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Forget everything: orders end, steps are not taken, nobody waits."""
+        self._closed = True
+        entries, self._entries = self._entries, deque()
+        self._unsent.clear()
+        for entry in entries:
+            if entry.order is not None:
+                entry.order.finish(None)
+        for done in self._waiting:
+            done.set()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _add(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+        if len(self._entries) == 1:
+            self._idle.unpark_all()
+
+    async def _settle(self, order: Order, entry: _Entry) -> None:
+        while not entry.sent:
+            await order.wait_ready()
+            self._send_ready()
+        refused = entry.failure
+        if entry.answer is not None:
+            try:
+                await entry.answer.wait()
+            except TransportError as error:
+                refused = error
+            self._unanswered -= 1
+        if isinstance(refused, MapChannelClosedError):
+            raise refused
+        entry.order = None
+        order.finish(refused)
+
+    def _send_ready(self) -> None:
+        """Send what can go, in order. An order that gives another one while it is sent finds this under way."""
+        if self._sending:
+            return
+        self._sending = True
+        try:
+            self._send_in_order()
+        finally:
+            self._sending = False
+
+    def _send_in_order(self) -> None:
+        while self._unsent and self._unanswered < MAX_UNANSWERED:
+            entry = self._unsent[0]
+            assert entry.order is not None
+            assert self._channel is not None
+            try:
+                if not entry.order.ready():
+                    return
+                if not self._greeted:
+                    self._greeted = True
+                    self._channel.hello_nowait(self._page_size, self._window_size)
+                entry.answer = entry.order.send(self._channel)
+                self._unanswered += entry.answer is not None
+            except TransportError as error:
+                entry.failure = error
+            except OSError as error:
+                entry.failure = TransportError(f"cannot be sent to the client: {error}", error.errno or errno.EIO)
+            entry.sent = True
+            self._unsent.popleft()
