@@ -53,6 +53,7 @@ class Struct:
     SIZE: ClassVar[int]
     ORDER: ClassVar[str]
     FIELDS: ClassVar[tuple[FieldInfo, ...]]
+    _by_name: ClassVar[dict[str, FieldInfo]]
     _codec: ClassVar[struct.Struct]
     _names: ClassVar[tuple[str, ...]]
 
@@ -81,19 +82,23 @@ class Struct:
         assert cls._codec.size == size
         cls.SIZE, cls.ORDER, cls.FIELDS = size, byte_order, tuple(rows)
         cls._names = tuple(row.name for row in rows)
+        cls._by_name = {row.name: row for row in rows}
 
     def pack(self) -> bytes:
         """Encode to exactly `SIZE` bytes. Raises `struct.error` when a value does not fit its field."""
-        return self._codec.pack(*(getattr(self, name) for name in self._names))
+        return self._codec.pack(*map(self.__dict__.__getitem__, self._names))
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Encode into `buffer` at `offset`."""
-        self._codec.pack_into(buffer, offset, *(getattr(self, name) for name in self._names))
+        self._codec.pack_into(buffer, offset, *map(self.__dict__.__getitem__, self._names))
 
     @classmethod
     def unpack(cls, data: Buffer, offset: int = 0) -> Self:
         """Decode `SIZE` bytes at `offset`. Raises `struct.error` when fewer are there."""
-        return cls(**dict(zip(cls._names, cls._codec.unpack_from(data, offset), strict=True)))
+        made = object.__new__(cls)
+        # past the frozen constructor, which sets field by field: messages are decoded by the thousand
+        made.__dict__.update(zip(cls._names, cls._codec.unpack_from(data, offset), strict=True))
+        return made
 
     @classmethod
     def offset_of(cls, name: str) -> int:
@@ -103,10 +108,10 @@ class Struct:
     @classmethod
     def info(cls, name: str) -> FieldInfo:
         """Table row of the named field. Raises KeyError for an unknown name."""
-        for row in cls.FIELDS:
-            if row.name == name:
-                return row
-        raise KeyError(f"{cls.__name__} has no field {name!r}")
+        try:
+            return cls._by_name[name]
+        except KeyError:
+            raise KeyError(f"{cls.__name__} has no field {name!r}") from None
 
     @classmethod
     def markdown(cls) -> Iterator[str]:

@@ -3,6 +3,10 @@
 
 A `Mapping` is a range of this process's addresses. It is unmapped only when nothing refers to it any more: every
 memoryview of it keeps it alive, so a view used too late reads old or zero bytes and never crashes the process.
+
+Pages are replaced in place (MAP_FIXED): other threads that use the range meanwhile see the old page or the new one,
+never a hole. Whoever takes the right to write away from a range that is in use maps private copies: the stores of this
+process go on to work and reach nobody.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import fcntl
 import mmap
 import os
 import weakref
+from typing import Self
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -56,16 +61,20 @@ class Mapping:
 
     def __init__(self, length: int) -> None:
         """Reserve `length` bytes (a page multiple), backed by private zero pages. Raises OSError."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._own(length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+    @classmethod
+    def of_file(cls, length: int, fd: int, file_offset: int, *, read: bool = True, write: bool = True) -> Self:
+        """Map `length` bytes of `fd` from `file_offset`, shared, at a new address. Raises OSError, ValueError."""
+        made = cls.__new__(cls)
+        made._own(length, protection(read, write), mmap.MAP_SHARED, fd, file_offset)
+        return made
+
+    def _own(self, length: int, prot: int, flags: int, fd: int, file_offset: int) -> None:
         if length <= 0 or length % PAGE_SIZE:
             raise ValueError(f"mapping length {length} is not a positive multiple of the page size {PAGE_SIZE}")
-        self.address = _map(
-            0,
-            length,
-            mmap.PROT_READ | mmap.PROT_WRITE,
-            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
-            -1,
-            0,
-        )
+        self.address = _map(0, length, prot, flags, fd, file_offset)
         self.length = length
         exporter = (ctypes.c_char * length).from_address(self.address)
         # the array, which every view refers to, owns the address range: not this object, not close()
@@ -82,6 +91,16 @@ class Mapping:
         self._check(at, length)
         prot = protection(read, write)
         _map(self.address + at, length, prot, mmap.MAP_SHARED | MAP_FIXED, fd, file_offset)
+
+    def place_private(self, at: int, length: int, fd: int, file_offset: int) -> None:
+        """Show `length` bytes of `fd` there so that stores change copies of this process only (copy on write).
+
+        A page that was never stored to shows what the file holds now. Raises OSError, ValueError.
+        """
+        self._check(at, length)
+        prot = protection(True, True)
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED
+        _map(self.address + at, length, prot, flags, fd, file_offset)
 
     def place_anonymous(self, flags: int) -> None:
         """Map new zero-filled memory over all of this mapping, with the given MAP_ flags. Raises OSError."""

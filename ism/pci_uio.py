@@ -114,6 +114,10 @@ class UioTransport:
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Nothing to watch: there are no interrupts, and a function of this machine does not go away."""
 
+    def answer_fds(self) -> Sequence[int]:
+        """None: what a command maps appears in the BAR by itself."""
+        return ()
+
     def config_read(self, offset: int, length: int) -> bytes:
         """Read PCI configuration space."""
         return os.pread(self._config, length, offset)

@@ -28,6 +28,9 @@ REQUIRED_FEATURES = 1 << Feature.VERSION_1
 _DRIVER_STATUS = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK | Status.FAILED
 _QUEUE_ADDRESSES = {"queue_desc": "desc", "queue_driver": "driver", "queue_device": "device"}
 
+_DRIVER_OK = int(Status.DRIVER_OK)
+_RUNNING = _DRIVER_OK | int(Status.NEEDS_RESET)
+
 
 class Change(Flag):
     """What a write meant beyond the registers."""
@@ -70,7 +73,7 @@ class CommonRegisters:
     @property
     def running(self) -> bool:
         """Whether the queues are served."""
-        return bool(self.status & Status.DRIVER_OK) and not self.status & Status.NEEDS_RESET
+        return int(self.status) & _RUNNING == _DRIVER_OK
 
     def negotiated(self, bit: int) -> bool:
         """Whether both sides agreed on the feature bit; False before FEATURES_OK."""

@@ -17,8 +17,7 @@ Effects on other devices are started in order but not waited for: a victim never
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,12 +33,14 @@ class Memory:
     Attributes: `fd` (borrowed: valid while this object is referenced), `size` (bytes).
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "fd", "size")
+    __slots__ = ("__weakref__", "fd", "size")
 
     def __init__(self, fd: int, size: int) -> None:
         """Take ownership of `fd`."""
         self.fd, self.size = fd, size
-        self._finalizer = weakref.finalize(self, os.close, fd)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
 
 
 @dataclass(frozen=True, slots=True)

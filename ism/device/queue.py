@@ -59,6 +59,9 @@ class Chain:
         return sum(length for _, length in self.writable)
 
 
+_NEXT, _WRITE, _INDIRECT = int(DescFlag.NEXT), int(DescFlag.WRITE), int(DescFlag.INDIRECT)
+
+
 class DeviceQueue:
     """One virtqueue: the registers the driver sets, and the device's place in the rings.
 
@@ -140,18 +143,19 @@ class DeviceQueue:
             if index >= self.size:
                 raise self._error(f"descriptor index {index} in a queue of {self.size}")
             desc = Desc.unpack(self._memory.read(self.desc + Desc.SIZE * index, Desc.SIZE))
-            if desc.flags & DescFlag.INDIRECT:
+            flags = desc.flags
+            if flags & _INDIRECT:
                 raise self._error(f"descriptor {index} is indirect, which was not negotiated")
             total += desc.len
             if desc.len == 0 or total > MAX_CHAIN_BYTES or desc.addr + desc.len > ADDRESS_SPACE:
                 raise self._error(f"descriptor {index} has address {desc.addr:#x} and length {desc.len}")
-            if desc.flags & DescFlag.WRITE:
+            if flags & _WRITE:
                 writable.append((desc.addr, desc.len))
             elif writable:
                 raise self._error(f"descriptor {index} is readable behind a writable one")
             else:
                 readable.append((desc.addr, desc.len))
-            if not desc.flags & DescFlag.NEXT:
+            if not flags & _NEXT:
                 return Chain(head, tuple(readable), tuple(writable))
             index = desc.next
         raise self._error(f"chain from descriptor {head} has more than {self.size} descriptors: a loop")

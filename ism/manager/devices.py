@@ -37,7 +37,7 @@ from ism.manager.orders import MapOrder, Orders, Refused, UnmapOrder
 from ism.manager.quota import TokenBucket
 from ism.manager.vectors import Intx, Vectors, check_eventfds
 from ism.vfio_user.connection import Connection
-from ism.vfio_user.errors import MapChannelClosedError, VfioUserError
+from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
 from ism.vfio_user.map_channel_server import MapChannelServer, PendingAnswer, offer_channel
 from ism.vfio_user.payloads import (
@@ -427,10 +427,7 @@ class DeviceHost:
         self.connection.drop(str(channel.failure))
 
     async def _run_orders(self) -> None:
-        try:
-            await self._orders.run()
-        except MapChannelClosedError:
-            pass  # `_run_channel` sees to it
+        await self._orders.run()
 
 
 class _WireOrder:

@@ -128,7 +128,8 @@ class Orders:
         self._window_size, self._page_size = window_size, page_size
         self._channel: MapChannelServer | None = None
         self._greeted = False
-        self._sending = False
+        self._sending = self._advancing = False
+        self._not_ready: Order | None = None
         self._closed = False
         self._entries: deque[_Entry] = deque()
         self._unsent: deque[_Entry] = deque()
@@ -151,16 +152,17 @@ class Orders:
             order.finish(None)
             return
         entry = _Entry(order, None)
-        self._add(entry)
+        self._entries.append(entry)
         self._unsent.append(entry)
         self._send_ready()
+        self._advance()
 
     def then(self, step: Callable[[], None]) -> None:
         """Take a step when all orders given so far are finished: now, when they are. Never after `close`."""
         if self._closed:
             return
         if self._entries:
-            self._add(_Entry(None, step))
+            self._entries.append(_Entry(None, step))
         else:
             step()
 
@@ -169,29 +171,21 @@ class Orders:
         if self._entries:
             done = trio.Event()
             self._waiting.add(done)
-            self._add(_Entry(None, done.set))
+            self._entries.append(_Entry(None, done.set))
             try:
                 await done.wait()
             finally:
                 self._waiting.discard(done)
 
     async def run(self) -> None:
-        """Finish orders as the client answers, until MapChannelClosedError: the channel is over."""
-        assert self._channel is not None
-        turn = 0
+        """See to orders that cannot go out at once: they are sent when they are ready. Never returns."""
         while True:
-            while not self._entries:
+            while self._not_ready is None:
                 await self._idle.park()
-            entry = self._entries[0]
-            if entry.order is not None:
-                await self._settle(entry.order, entry)
-            self._entries.popleft()
-            if entry.step is not None:
-                entry.step()
+            await self._not_ready.wait_ready()
             self._send_ready()
-            turn += 1
-            if not turn % 32:
-                await trio.lowlevel.checkpoint()
+            self._advance()
+            await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
         """Forget everything: orders end, steps are not taken, nobody waits."""
@@ -206,36 +200,50 @@ class Orders:
         if self._channel is not None:
             self._channel.close()
 
-    def _add(self, entry: _Entry) -> None:
-        self._entries.append(entry)
-        if len(self._entries) == 1:
-            self._idle.unpark_all()
+    def _advance(self) -> None:
+        """Finish what is finished, in order: called by each answer. A step that leads here finds this under way."""
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._entries and self._settled(self._entries[0]):
+                entry = self._entries.popleft()
+                if entry.step is not None:
+                    entry.step()
+                self._send_ready()
+        finally:
+            self._advancing = False
 
-    async def _settle(self, order: Order, entry: _Entry) -> None:
-        while not entry.sent:
-            await order.wait_ready()
-            self._send_ready()
-        refused = entry.failure
-        if entry.answer is not None:
-            try:
-                await entry.answer.wait()
-            except TransportError as error:
-                refused = error
-            self._unanswered -= 1
+    def _settled(self, entry: _Entry) -> bool:
+        """Finish the order of the entry when its answer is there; tell whether nothing is left to wait for."""
+        order, answer = entry.order, entry.answer
+        if order is None:
+            return True
+        if not entry.sent or (answer is not None and not answer.done):
+            return False
+        refused = entry.failure if answer is None else answer.error
         if isinstance(refused, MapChannelClosedError):
-            raise refused
+            return False  # whoever runs the channel sees to it, and closes this
+        self._unanswered -= answer is not None
         entry.order = None
         order.finish(refused)
+        return True
 
     def _send_ready(self) -> None:
         """Send what can go, in order. An order that gives another one while it is sent finds this under way."""
         if self._sending:
             return
         self._sending = True
+        self._not_ready = None
         try:
             self._send_in_order()
         finally:
             self._sending = False
+        if self._waits_for_readiness():
+            self._idle.unpark_all()
+
+    def _waits_for_readiness(self) -> bool:
+        return self._not_ready is not None
 
     def _send_in_order(self) -> None:
         while self._unsent and self._unanswered < MAX_UNANSWERED:
@@ -244,6 +252,7 @@ class Orders:
             assert self._channel is not None
             try:
                 if not entry.order.ready():
+                    self._not_ready = entry.order
                     return
                 if not self._greeted:
                     self._greeted = True
@@ -256,3 +265,5 @@ class Orders:
                 entry.failure = TransportError(f"cannot be sent to the client: {error}", error.errno or errno.EIO)
             entry.sent = True
             self._unsent.popleft()
+            if entry.answer is not None:
+                entry.answer.then(self._advance)

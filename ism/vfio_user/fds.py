@@ -22,11 +22,14 @@ from typing import NamedTuple, Self
 from ism.errors import DeviceGoneError
 from ism.layout import Buffer
 from ism.vfio_user.errors import DescriptorLimitError, VfioUserTimeoutError
-from ism.vfio_user.wire import FdLike
+from ism.vfio_user.wire import SCM_MAX_FD, FdLike
 
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_RECV_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+# as plain integers: operations on enumerated flags cost as much as the system call
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECV_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_MSG_TRUNC, _MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
 _INT = array.array("i").itemsize
+_CMSG_SPACE = [socket.CMSG_SPACE(count * _INT) for count in range(SCM_MAX_FD + 1)]
 
 
 def number_of(fd: FdLike) -> int:
@@ -125,11 +128,11 @@ def recv_message(sock: socket.socket, buffer: bytearray | memoryview, max_fds: i
         plus one, so that a caller who expects an exact size sees a wrong one.
     Raises: BlockingIOError when nothing is there; OSError when the connection is broken.
     """
-    count, ancillary, flags, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(max_fds * _INT), _RECV_FLAGS)
-    if flags & socket.MSG_TRUNC:
+    count, ancillary, flags, _ = sock.recvmsg_into([buffer], _CMSG_SPACE[max_fds], _RECV_FLAGS)
+    if flags & _MSG_TRUNC:
         count += 1
     if not ancillary:
-        if flags & socket.MSG_CTRUNC:
+        if flags & _MSG_CTRUNC:
             return Received(count, [], DescriptorLimitError(max_fds))
         return Received(count, [], None)
     numbers = array.array("i")
@@ -137,7 +140,7 @@ def recv_message(sock: socket.socket, buffer: bytearray | memoryview, max_fds: i
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % _INT])
     fds = [Fd(number) for number in numbers]
-    if flags & socket.MSG_CTRUNC or len(fds) > max_fds:
+    if flags & _MSG_CTRUNC or len(fds) > max_fds:
         close_all(fds)
         return Received(count, [], DescriptorLimitError(max_fds))
     return Received(count, fds, None)

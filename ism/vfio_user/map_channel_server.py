@@ -8,12 +8,11 @@ within the timeout, and fails everybody who waits. What waits for a client is bo
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import socket
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -31,9 +30,9 @@ _SEQUENCE_MASK: Final = 0xFFFFFFFF
 
 
 class PendingAnswer:
-    """A request under way. Wait for it any time, any number of times, from any task."""
+    """A request under way. Wait for it any time, any number of times, from any task, or be called when it is done."""
 
-    __slots__ = ("_done", "_event", "_failure", "_status", "deadline", "sequence", "type")
+    __slots__ = ("_done", "_event", "_failure", "_status", "_then", "deadline", "sequence", "type")
 
     def __init__(self, type: int, sequence: int, deadline: float) -> None:
         self.type, self.sequence, self.deadline = type, sequence, deadline
@@ -41,11 +40,28 @@ class PendingAnswer:
         self._status = 0
         self._failure: MapChannelClosedError | None = None
         self._event: trio.Event | None = None
+        self._then: Callable[[], None] | None = None
 
     @property
     def done(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
         return self._done
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once: when the answer is there, by whoever receives it; now, when it is. One at most."""
+        if self._done:
+            callback()
+        else:
+            self._then = callback
+
+    @property
+    def error(self) -> VfioUserError | MapChannelClosedError | None:
+        """What `wait` would raise; None as long as it is not done, and when the client agreed."""
+        if self._failure is not None:
+            return MapChannelClosedError(str(self._failure), self._failure.errno)
+        if self._status:
+            return VfioUserError(self._status, "refused by the client", command=PacketType(self.type).name)
+        return None
 
     async def wait(self) -> None:
         """Wait until the client answered.
@@ -59,15 +75,16 @@ class PendingAnswer:
             await self._event.wait()
         else:
             await trio.lowlevel.checkpoint()
-        if self._failure is not None:
-            raise MapChannelClosedError(str(self._failure), self._failure.errno)
-        if self._status:
-            raise VfioUserError(self._status, "refused by the client", command=PacketType(self.type).name)
+        if (error := self.error) is not None:
+            raise error
 
     def _finish(self, status: int, failure: MapChannelClosedError | None = None) -> None:
         self._done, self._status, self._failure = True, status, failure
         if self._event is not None:
             self._event.set()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
 
 class _Unsent(NamedTuple):
@@ -184,8 +201,7 @@ class MapChannelServer:
         except MalformedMessageError as error:
             raise LocalProtocolError(str(error)) from error
         sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        numbered = dataclasses.replace(packet, sequence=sequence)
-        self._send(numbered.pack(), () if fd is None else (fd,))
+        self._send(packet.numbered(sequence), () if fd is None else (fd,))
         self._sequence = sequence
         self._window = window or self._window
         pending = PendingAnswer(packet.type, sequence, trio.current_time() + self._timeout_s)

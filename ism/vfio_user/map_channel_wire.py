@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ RIGHT_READ: Final = 1
 RIGHT_WRITE: Final = 2
 
 _OFFSET_LIMIT: Final = 1 << 63
+
+_SEQUENCE = struct.Struct("<I")
 
 
 class PacketType(enum.IntEnum):
@@ -56,6 +59,12 @@ class Packet(Struct, size=40):
     file_offset: int = field("Q", 24, "MAP: in the file of the descriptor, bytes", default=0)
     rights: int = field("I", 32, "MAP: 1 read, 2 write", default=0)
     status: int = field("I", 36, "answer: 0 or errno", default=0)
+
+    def numbered(self, sequence: int) -> bytes:
+        """Encode with another sequence number."""
+        data = bytearray(self.pack())
+        _SEQUENCE.pack_into(data, Packet.offset_of("sequence"), sequence)
+        return bytes(data)
 
 
 PACKET_SIZE: Final = Packet.SIZE
