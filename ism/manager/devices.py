@@ -39,7 +39,7 @@ from ism.manager.vectors import Intx, Vectors, check_eventfds
 from ism.vfio_user.connection import Connection
 from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
-from ism.vfio_user.map_channel_server import MapChannelServer, PendingAnswer, offer_channel
+from ism.vfio_user.map_channel_server import GONE, MapChannelServer, PendingAnswer, offer_channel
 from ism.vfio_user.payloads import (
     DeviceFlag,
     DeviceInfo,
@@ -424,7 +424,8 @@ class DeviceHost:
     async def _run_channel(self, channel: MapChannelServer) -> None:
         await channel.run()
         self._orders.close()
-        self.connection.drop(str(channel.failure))
+        failure = channel.failure
+        self.connection.drop(str(failure), departed=failure is not None and failure.errno in GONE)
 
     async def _run_orders(self) -> None:
         await self._orders.run()

@@ -346,6 +346,12 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
             if threading.current_thread() is threading.main_thread():
                 await nursery.start(_wait_for_signal, nursery.cancel_scope)
             logger.info("manager pid %d runs in %s, at most %d descriptors", os.getpid(), run_dir, limit)
+            for device in config.devices:
+                logger.info("device %s of domain %s: %s", device.name, device.domain, device.socket.path)
+            if config.fresh is not None:
+                logger.info(
+                    "a fresh device of domain %s a connection: %s", config.fresh.domain, config.fresh.socket.path
+                )
             task_status.started(manager)
 
 

@@ -108,12 +108,18 @@ class Connection:
             reply = await self._call(Command.DMA_WRITE, payloads.DMA_ACCESS.pack(start, size) + piece)
             payloads.parse_dma_write_reply(reply.payload, start, size)
 
-    def drop(self, reason: str) -> None:
-        """End the connection; the main loop notices, and `closed` of the handler follows."""
+    def drop(self, reason: str, *, departed: bool = False) -> None:
+        """End the connection; the main loop notices, and `closed` of the handler follows.
+
+        Args: `departed`: the client has left of its own accord, which is no reason for a warning.
+        """
         if self._over is None:
             self._dropped = True
-            self.stats.dropped += 1
-            logger.warning("vfio-user client pid %d dropped: %s", self.peer.pid, reason)
+            if departed:
+                logger.info("vfio-user client pid %d left: %s", self.peer.pid, reason)
+            else:
+                self.stats.dropped += 1
+                logger.warning("vfio-user client pid %d dropped: %s", self.peer.pid, reason)
             self._end(ClientGoneError(f"client dropped: {reason}", errno.ECONNABORTED))
             self._forget_queue()
 

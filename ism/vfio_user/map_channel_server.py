@@ -26,6 +26,9 @@ from ism.vfio_user.wire import FdLike
 
 logger = logging.getLogger("ism.vfio_user")
 
+GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+"""Errnos of a channel that ended because the client closed it or went away: nothing to worry about."""
+
 _SEQUENCE_MASK: Final = 0xFFFFFFFF
 
 
@@ -301,7 +304,7 @@ class MapChannelServer:
         if self._failure is None:
             self._failure = MapChannelClosedError(f"the map channel is over: {reason}", number)
             if not quiet:
-                logger.warning("%s", self._failure)
+                logger.log(logging.INFO if number in GONE else logging.WARNING, "%s", self._failure)
             trio.lowlevel.notify_closing(self._number)
             self._sock.close()
             while self._unsent:
