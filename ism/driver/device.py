@@ -1,0 +1,675 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtio-ism device as a program of this guest uses it: initialisation, regions, events, the end.
+
+States: opening -> live -> gone (the manager died, the device needs a reset, a protocol error) or closed. In `gone`
+every command raises DeviceGoneError with the reason; regions stay mapped, so connections over them go on as long as
+both peers live. Usable from any thread and without an event loop; commands block for about the device's answer.
+
+Threads. Callers wait for answers that the service thread takes from the queues, so nothing that waits may be called
+from its callbacks: that is refused with LocalProtocolError. Closing a region never waits: attach and release of one
+token take turns (`_in_transition`), and a release that finds the turn taken is left to whoever has it. One lock guards
+what regions the device holds; it is never held across a call to the transport, the queues or a callback. An eventfd
+without a vector is raised under that lock, and closed only after its region was taken out under it.
+
+A process that forks gets nothing of this in the child: the child opens its own device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ism.driver import capabilities
+from ism.driver.control import COMMAND_TIMEOUT_S, Command, ControlQueue, Placement
+from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
+from ism.driver.events import Event, EventQueue
+from ism.driver.region import Region
+from ism.driver.service import Service
+from ism.driver.transport import Span, Transport
+from ism.driver.vectors import Binding, Vectors
+from ism.driver.virtio_pci import VirtioPci, feature_name
+from ism.errors import (
+    DeviceError,
+    DeviceGoneError,
+    FeatureMismatchError,
+    IsmError,
+    LocalProtocolError,
+    QuotaError,
+    RemoteProtocolError,
+    TransportError,
+)
+from ism.ids import DevId, Gid, Token
+from ism.memory import PAGE_SIZE, Mapping
+from ism.virtio.ism_spec import QUEUE_CONTROL, QUEUE_EVENTS, Ack, EventType, IsmFeature, Permission
+from ism.virtio.pci import Feature, Status
+
+log = logging.getLogger("ism.driver")
+
+VECTOR_CONFIG, VECTOR_CONTROL, VECTOR_EVENTS, VECTOR_REGIONS = range(4)
+ALL_GRANTED = Permission(0)
+_POLL_INTERVAL_S = 0.001
+_POLLS_PER_STATUS = 100
+_PCI_COMMAND = 4
+_PCI_COMMAND_OFF = 0
+_PCI_COMMAND_MEMORY_AND_MASTER = 0x6
+
+Grants = Sequence[tuple[Permission, DevId | None]]
+
+
+@dataclass(slots=True)
+class Held:
+    """What the driver keeps of one region that the device holds, however many `Region` objects name it."""
+
+    token: Token
+    mapping: Mapping
+    slot: int
+    binding: Binding | None
+    owned: bool
+    count: int = 1
+    on_event: Callable[[Event], None] | None = None
+
+
+class Device:
+    """An initialised virtio-ism device.
+
+    Attributes: `gid`, `devid` (the device's name), `chunk_size`, `features` (accepted feature bits), `transport`,
+    `control` (commands one by one; `alloc` and `attach` are what programs want).
+    """
+
+    def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
+        """Initialise the device (virtio 1.3 section 3.1.1). The transport belongs to the device from here on.
+
+        Args: `interrupts`: False polls the queues instead, for transports that have no interrupts.
+        Raises: FeatureMismatchError, RemoteProtocolError, TransportError; the transport is closed then.
+        """
+        self.transport = transport
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._held: dict[Token, Held] = {}
+        self._by_offset: dict[int, Held] = {}
+        self._in_transition: dict[Token, deque[Held]] = {}
+        self._releases_begun = self._releases_done = 0
+        self._gone: str | None = None
+        self._live = False
+        self._closed = False
+        self._polls = 0
+        self._queue_fds: list[int] = []
+        try:
+            self.service = Service(f"ism-driver {transport.name}")
+        except BaseException:
+            transport.close()
+            raise
+        try:
+            self._initialise(interrupts)
+        except BaseException:
+            self._closed = True
+            self._release_everything()
+            raise
+
+    # -- initialisation -----------------------------------------------------------------------------------------
+
+    def _initialise(self, interrupts: bool) -> None:
+        transport = self.transport
+        transport.start(self.service, self._on_gone)
+        capabilities.identify(transport)
+        transport.config_write(_PCI_COMMAND, _PCI_COMMAND_MEMORY_AND_MASTER.to_bytes(2, "little"))
+        self._caps = capabilities.find(transport)
+        self._pci = pci = VirtioPci(transport, self._caps)
+        pci.reset()
+        pci.add_status(Status.ACKNOWLEDGE)
+        pci.add_status(Status.DRIVER)
+        try:
+            required = frozenset({int(Feature.VERSION_1)})
+            optional = frozenset({int(Feature.ACCESS_PLATFORM), int(IsmFeature.EVENT_IRQ), int(IsmFeature.EVENT_VQ)})
+            self.features = pci.negotiate(required, optional)
+            self._read_config()
+            self._set_up_queues(interrupts)
+            pci.add_status(Status.DRIVER_OK)
+        except BaseException:
+            self._give_up()
+            raise
+        with self._lock:
+            self._live = True
+            lost = self._gone
+        if lost is not None:  # from here on `_fail` tells whoever waits; until now nobody did
+            raise DeviceGoneError(lost)
+        if self._events is not None:
+            self._events.post_all()
+
+    def _give_up(self) -> None:
+        """Say FAILED, and keep the device away from queue memory that is about to be freed."""
+        try:
+            self._pci.add_status(Status.FAILED)
+            self.transport.config_write(_PCI_COMMAND, _PCI_COMMAND_OFF.to_bytes(2, "little"))
+        except IsmError as exc:
+            log.debug("%s: not told that the driver gave up: %s", self.transport.name, exc)
+
+    def _read_config(self) -> None:
+        name, config = self.transport.name, self._pci.read_config()
+        chunk, window = config.chunk_size, self._caps.regions.length
+        if chunk < PAGE_SIZE or chunk & (chunk - 1) or chunk > window:
+            raise RemoteProtocolError(
+                f"{name}: chunk_size {chunk} is not a power of two from a page ({PAGE_SIZE}) to the window ({window})"
+            )
+        self.gid, self.devid = Gid(config.gid), DevId(config.devid)
+        self.chunk_size = chunk
+        self._notify_size = config.notify_size or 1  # early devices leave it 0 and mean 1
+
+    def _set_up_queues(self, interrupts: bool) -> None:
+        transport, pci = self.transport, self._pci
+        sizes = [pci.queue_max_size(index) for index in range(min(pci.queue_count(), 2))]
+        if not sizes or sizes[QUEUE_CONTROL] < 2:
+            raise FeatureMismatchError(f"{transport.name} has no control queue", ["control queue"])
+        has_events = IsmFeature.EVENT_VQ in self.features and len(sizes) > QUEUE_EVENTS and sizes[QUEUE_EVENTS] >= 2
+        vectors = transport.vector_count() if interrupts else 0
+        self._interrupts = vectors > VECTOR_REGIONS
+        if self._interrupts:
+            for _ in range(VECTOR_REGIONS):
+                self._queue_fds.append(make_eventfd())
+            transport.set_vectors(0, self._queue_fds)
+            pci.set_config_vector(VECTOR_CONFIG)
+        self._vectors = Vectors(transport, self.service, VECTOR_REGIONS, vectors)
+        self.control = ControlQueue(
+            transport,
+            sizes[QUEUE_CONTROL],
+            lambda: self._notify(QUEUE_CONTROL),
+            poll=None if self._interrupts else lambda: self._reap(self.control.reap),
+            serve=self._serve if self._interrupts else None,
+            done_elsewhere=self.service.nudge,
+        )
+        self._events = None
+        if has_events:
+            self._events = EventQueue(transport, sizes[QUEUE_EVENTS], lambda: self._notify(QUEUE_EVENTS), self._deliver)
+        self._notify_at: dict[int, int] = {}
+        for index, owner in ((QUEUE_CONTROL, self.control), (QUEUE_EVENTS, self._events)):
+            if owner is not None:
+                queue = owner.queue
+                self._notify_at[index] = pci.enable_queue(
+                    index,
+                    size=queue.size,
+                    desc=queue.desc,
+                    driver=queue.driver,
+                    device=queue.device,
+                    vector=VECTOR_CONTROL + index if self._interrupts else None,
+                )
+        if self._interrupts:
+            for fd, callback in zip(
+                self._queue_fds, (self._on_config_change, self._on_control, self._on_events), strict=True
+            ):
+                self.service.add(fd, callback)
+        else:
+            self.service.every(_POLL_INTERVAL_S, self._poll)
+
+    def _notify(self, index: int) -> None:
+        place = self._caps.notify
+        try:
+            self.transport.bar_write(place.bar, self._notify_at[index], index.to_bytes(2, "little"), posted=True)
+        except IsmError as exc:
+            # the chains are the device's already: a device that cannot be told of them cannot be used any more
+            self._fail(f"{self.transport.name}: the device cannot be notified of commands: {exc}")
+            raise
+
+    def _serve(self, done: Callable[[], bool], timeout_s: float) -> None:
+        """Take answers in the thread that waits for one."""
+        fds = (self._queue_fds[VECTOR_CONTROL], *self.transport.answer_fds())
+        self.service.serve_until(done, fds, timeout_s)
+
+    # -- what the service thread does ---------------------------------------------------------------------------
+
+    def _on_config_change(self) -> None:
+        drain(self._queue_fds[VECTOR_CONFIG])
+        self._check_status()
+
+    def _check_status(self) -> None:
+        try:
+            status = self._pci.status
+        except IsmError as exc:
+            log.warning("%s: the device status cannot be read: %s", self.transport.name, exc)
+            return
+        if status & Status.NEEDS_RESET:
+            self._fail(
+                f"{self.transport.name}: the device found a broken queue and needs a reset: close it and open it again"
+            )
+
+    def _on_control(self) -> None:
+        drain(self._queue_fds[VECTOR_CONTROL])
+        self._reap(self.control.reap)
+
+    def _on_events(self) -> None:
+        drain(self._queue_fds[VECTOR_EVENTS])
+        if self._events is not None:
+            self._reap(self._events.reap)
+
+    def _poll(self) -> None:
+        if self._gone is not None:
+            return
+        self._reap(self.control.reap)
+        if self._events is not None:
+            self._reap(self._events.reap)
+        self._polls += 1
+        if self._polls % _POLLS_PER_STATUS == 0:
+            self._check_status()
+
+    def _reap(self, reap: Callable[[], None]) -> None:
+        try:
+            reap()
+        except IsmError as exc:
+            self._fail(f"{self.transport.name}: {exc}")
+
+    def _deliver(self, event: Event) -> None:
+        with self._lock:
+            held = self._by_offset.get(event.offset)
+            if held is None:
+                return  # detached meanwhile
+            callback = held.on_event
+            if event.kind == EventType.UPDATE:
+                if held.binding is not None:
+                    raise_eventfd(held.binding.fd)
+                return
+        if callback is not None:
+            try:
+                callback(event)
+            except Exception:
+                log.exception("%s: an on_event callback failed", self.transport.name)
+
+    def _on_gone(self, reason: str) -> None:
+        self._fail(f"{self.transport.name}: {reason}")
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            if self._gone is not None or self._closed:
+                return
+            self._gone = reason
+            if not self._live:
+                return  # whoever initialises looks itself
+            for held in self._held.values():
+                if held.binding is not None and held.binding.vector < 0:
+                    raise_eventfd(held.binding.fd)
+        log.warning("%s", reason)
+        self.control.fail(reason)
+        self._vectors.wake_all()
+
+    # -- regions ------------------------------------------------------------------------------------------------
+
+    @property
+    def gone(self) -> str | None:
+        """Why the device can no longer be used, None while it can."""
+        return self._gone
+
+    def check_usable(self) -> None:
+        """Raise DeviceGoneError when no command can succeed any more."""
+        if self._pid != os.getpid():
+            raise DeviceGoneError(f"{self.transport.name} was opened before a fork; open a device in the child")
+        if self._gone is not None or self._closed:
+            raise DeviceGoneError(self._gone or f"{self.transport.name} is closed")
+
+    def _check_may_wait(self) -> None:
+        self.check_usable()
+        if self.service.is_current:
+            raise LocalProtocolError(
+                f"{self.transport.name}: a callback of the driver's service thread may not wait for the device, whose "
+                "answers that thread takes: do it in another thread"
+            )
+
+    @contextmanager
+    def _exclusive(self, token: Token) -> Iterator[None]:
+        """One attach or detach of a token at a time: the device may give the same chunks out again in between."""
+        with self._settled:
+            if not self._settled.wait_for(lambda: token not in self._in_transition, COMMAND_TIMEOUT_S):
+                raise TransportError(
+                    f"{self.transport.name}: an earlier attach or detach of region {token:#018x} is not answered"
+                )
+            self._in_transition[token] = deque()
+        try:
+            yield
+        finally:
+            self._settle(token)
+
+    def _settle(self, token: Token) -> None:
+        """Give the turn of the token to the next release that waits for it, else to anybody."""
+        with self._settled:
+            waiting = self._in_transition[token]
+            if not waiting:
+                del self._in_transition[token]
+                self._settled.notify_all()
+                return
+            held = waiting.popleft()
+        self._detach(held)
+
+    def alloc(self, size: int, *, interrupt: bool = True, grants: Grants = ()) -> Region:
+        """Make a new region, zero-filled, owned by this device; nobody else may attach until granted.
+
+        Args:
+            size: bytes, at least 1, rounded up to `chunk_size`.
+            interrupt: whether the region gets an eventfd that tells of doorbells.
+            grants: (permissions, devid or None for everybody) to set at once, in order.
+        Raises: QuotaError, DeviceError, DeviceGoneError, TransportError, RemoteProtocolError (a broken device),
+            FeatureMismatchError (the device has no way to tell of doorbells), ValueError (size),
+            LocalProtocolError (from a callback of the driver).
+        Source: virtio-ism proposal, ALLOC_REGION.
+        """
+        if not 0 < size < 1 << 63:
+            raise ValueError(f"a region of {size} bytes is impossible")
+        self._check_may_wait()
+        placement = self._with_room(lambda: self.control.alloc(size))
+        return self._hold(placement, interrupt=interrupt, grants=grants, owned=True, least=size)
+
+    def attach(
+        self,
+        token: Token,
+        rights: Permission = ALL_GRANTED,
+        *,
+        interrupt: bool = False,
+        offered_by: DevId | None = None,
+    ) -> Region:
+        """Attach to a peer's region.
+
+        Args:
+            rights: READ, WRITE or both; 0 asks for all that is granted.
+            interrupt: whether the region gets an eventfd that tells of doorbells.
+            offered_by: the device that named the token, when it may lie: a region that this device holds already is
+                then refused, because it serves somebody else. Only this device itself can offer a region of its own,
+                once.
+        Raises: RemoteProtocolError (not `offered_by`'s to offer), PermissionDeniedError, QuotaError, DeviceError
+            (ENOENT: unknown token), DeviceGoneError, TransportError, FeatureMismatchError and LocalProtocolError as
+            `alloc`.
+        Source: virtio-ism proposal, ATTACH_REGION.
+        """
+        self._check_may_wait()
+        with self._exclusive(token):
+            if offered_by is not None and not self._may_offer(token, offered_by):
+                raise RemoteProtocolError(
+                    f"device {offered_by:#x} named region {token:#018x}, which is not its own to share", event="token"
+                )
+            placement = self._with_room(lambda: self.control.attach(token, rights))
+            readonly = rights == Permission.READ
+            with self._lock:
+                held = self._held.get(token)
+            if held is None:
+                return self._hold(placement, interrupt=interrupt, grants=(), owned=False, readonly=readonly)
+            try:
+                if interrupt and held.binding is None:
+                    held.binding = self._bind(token)
+            except BaseException:
+                self._detach_now(token, lambda: None)
+                raise
+            with self._lock:
+                held.count += 1
+            return Region(self, held, owned=False, readonly=readonly)
+
+    def _with_room(self, place: Callable[[], Placement]) -> Placement:
+        """Call `place`; once more when there was no room, but regions are about to be let go."""
+        with self._settled:
+            begun = self._releases_begun
+            pending = self._releases_done < begun
+        try:
+            return place()
+        except QuotaError:
+            if not pending:
+                raise
+            with self._settled:
+                self._settled.wait_for(lambda: self._releases_done >= begun, COMMAND_TIMEOUT_S)
+        return place()
+
+    def _may_offer(self, token: Token, peer: DevId) -> bool:
+        with self._lock:
+            held = self._held.get(token)
+        if peer == self.devid:
+            return held is not None and held.owned and held.count == 1
+        return held is None
+
+    def _hold(
+        self,
+        placement: Placement,
+        *,
+        interrupt: bool,
+        grants: Grants,
+        owned: bool,
+        least: int = 1,
+        readonly: bool = False,
+    ) -> Region:
+        token, first = placement.token, placement.areas[0].offset
+        mapping: Mapping | None = None
+        binding: Binding | None = None
+        try:
+            spans = self._checked(placement, least)
+            mapping = self.transport.map_spans(self._caps.regions.bar, spans)
+            commands: list[Command] = [self.control.grant(token, what, peer) for what, peer in grants]
+            if interrupt:
+                binding = self._bind(token)
+            for command in commands:
+                command.expect_ok()
+            held = Held(token, mapping, first // self.chunk_size, binding, owned)
+            with self._lock:
+                if self._gone is not None or self._closed:
+                    raise DeviceGoneError(self._gone or f"{self.transport.name} is closed")
+                if token in self._held or first in self._by_offset:
+                    raise RemoteProtocolError(
+                        f"{self.transport.name}: region {token:#018x} at {first} is, or is where, another one is",
+                        event="areas",
+                    )
+                self._held[token] = held
+                self._by_offset[first] = held
+        except BaseException:
+            self._detach_now(token, lambda: self._let_go(mapping, binding))
+            raise
+        return Region(self, held, owned=owned, readonly=readonly)
+
+    def _detach_now(self, token: Token, finish: Callable[[], None]) -> None:
+        """Take back an attach that came to nothing; `finish` runs when the device knows. Raises nothing."""
+        try:
+            command = self.control.detach(token)
+        except IsmError:
+            finish()
+            return
+        command.then(finish)
+        try:
+            command.wait()
+        except IsmError as exc:
+            log.debug("%s: %s", self.transport.name, exc)
+
+    def _bind(self, token: Token) -> Binding:
+        """Give a region an interrupt: a vector, or UPDATE events when there are none."""
+        if not self._interrupts:
+            return self._software_binding(None)
+        binding = self._vectors.acquire()
+        try:
+            # not only when EVENT_IRQ was offered: devices of the proposal's time offer nothing and can do it
+            self.control.event_vector(token, binding.vector).expect_ok()
+        except BaseException as exc:
+            self._vectors.release(binding)
+            if not isinstance(exc, DeviceError) or exc.ack != Ack.ERR:
+                raise
+            return self._software_binding(exc)
+        return binding
+
+    def _software_binding(self, cause: DeviceError | None) -> Binding:
+        """Make an eventfd into which the service thread turns the UPDATE events of a region without a vector."""
+        if self._events is None:
+            raise FeatureMismatchError(
+                f"{self.transport.name} cannot tell of doorbells: it binds no vectors to regions and has no event "
+                "queue; ask for a region without interrupt and look at its memory from time to time",
+                [feature_name(IsmFeature.EVENT_IRQ), feature_name(IsmFeature.EVENT_VQ)],
+            ) from cause
+        return Binding(-1, make_eventfd(), shared=True)
+
+    def _let_go(self, mapping: Mapping | None, binding: Binding | None) -> None:
+        """Give back what this process holds of a region that the device has let go."""
+        if mapping is not None:
+            try:
+                mapping.clear()
+            except OSError as exc:  # the kernel has no memory for the call: the pages stay until the mapping goes
+                log.debug("%s: a mapping was not cleared: %s", self.transport.name, exc)
+        if binding is None:
+            return
+        if binding.vector < 0:
+            os.close(binding.fd)
+        else:
+            self._vectors.release(binding)
+
+    def _checked(self, placement: Placement, least: int) -> list[Span]:
+        name, window, chunk = (
+            f"{self.transport.name}: region {placement.token:#018x}",
+            self._caps.regions,
+            self.chunk_size,
+        )
+        spans = []
+        for area in placement.areas:
+            if (
+                area.length <= 0
+                or area.length % chunk
+                or area.offset % chunk
+                or area.offset + area.length > window.length
+            ):
+                raise RemoteProtocolError(
+                    f"{name} has an area {area.offset}+{area.length} that is not made of chunks inside the window of "
+                    f"{window.length} bytes",
+                    event="areas",
+                )
+            spans.append(Span(window.offset + area.offset, area.length))
+        end = 0
+        for area in sorted(placement.areas, key=lambda area: area.offset):
+            if area.offset < end:
+                raise RemoteProtocolError(f"{name} has two areas over one chunk at {area.offset}", event="areas")
+            end = area.offset + area.length
+        if placement.size < least:
+            raise RemoteProtocolError(f"{name} has {placement.size} bytes, {least} were asked for", event="areas")
+        return spans
+
+    def release(self, region: Region) -> None:
+        """Undo one attach or the alloc, without waiting for the device (`Region.close` calls this)."""
+        if self._pid != os.getpid():
+            region.closed = True
+            return
+        held = region._held
+        with self._lock:
+            if region.closed:
+                return
+            region.closed = True
+            if self._closed:
+                return  # with the device went the region
+            self._releases_begun += 1
+            waiting = self._in_transition.get(held.token)
+            if waiting is not None:
+                waiting.append(held)
+                return
+            self._in_transition[held.token] = deque()
+        self._detach(held)
+
+    def _detach(self, held: Held) -> None:
+        """Let one attach go; the turn of the token is the caller's and ends when the device knows."""
+        with self._lock:
+            held.count -= 1
+            last = held.count == 0
+            if last and self._held.get(held.token) is held:
+                del self._held[held.token]
+                del self._by_offset[held.slot * self.chunk_size]
+
+        def finish() -> None:
+            try:
+                if last:
+                    binding, held.binding = held.binding, None
+                    self._let_go(held.mapping, binding)
+            finally:
+                with self._settled:
+                    self._releases_done += 1
+                    self._settled.notify_all()
+                self._settle(held.token)
+
+        try:
+            command = self.control.detach(held.token)
+        except IsmError:
+            finish()
+        else:
+            command.then(finish)
+
+    def grant(self, token: Token, permissions: Permission, peer: DevId | None = None) -> None:
+        """Set what a device (or, with None, every device without an entry) may do with a region.
+
+        Raises: DeviceError by ack (ERR: neither the owner's nor a MANAGE holder's to grant, or no such device; ENOENT),
+            DeviceGoneError, TransportError, LocalProtocolError (from a callback of the driver).
+        Source: virtio-ism proposal, GRANT.
+        """
+        self._check_may_wait()
+        self.control.grant(token, permissions, peer).expect_ok()
+
+    def wake(self, region: Region) -> None:
+        """Make the descriptor of a region readable here (`Region.wake` calls this)."""
+        with self._lock:
+            if not region.closed and not self._closed and region._held.binding is not None:
+                raise_eventfd(region._held.binding.fd)
+
+    def ring_slot(self, slot: int) -> None:
+        """Ring a notify slot through the notify area (virtio-ism proposal, notify).
+
+        Raises: DeviceGoneError, TransportError, RemoteProtocolError (the device has no such slot).
+        """
+        self.check_usable()
+        area = self._caps.doorbells
+        at = slot * self._notify_size
+        width = 4 if self._notify_size >= 4 and (area.offset + at) % 4 == 0 else 1
+        if at + width > area.length:
+            raise RemoteProtocolError(f"{self.transport.name}: notify slot {slot} lies outside the notify area")
+        self.transport.bar_write(area.bar, area.offset + at, (1).to_bytes(width, "little"), posted=True)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Reset the device, which lets every region go, and close the transport. Idempotent.
+
+        Commands that other threads wait for raise DeviceGoneError. Nobody may ring a region, or wait on its
+        descriptor, any more; memory stays readable through views.
+        Raises: LocalProtocolError from a callback of the driver.
+        """
+        if self._pid != os.getpid():
+            self._closed = True
+            return
+        if self.service.is_current and not self._closed:
+            raise LocalProtocolError(f"{self.transport.name} cannot be closed from a callback of its own thread")
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.control.fail(self._gone or f"{self.transport.name} is closed")
+        try:
+            self._pci.reset()
+        except IsmError as exc:
+            log.debug("%s: no clean reset at close: %s", self.transport.name, exc)
+        self._release_everything()
+
+    def _release_everything(self) -> None:
+        """Free what there is, in an order in which nothing uses what is freed; a step that fails stops no other."""
+        steps: list[Callable[[], None]] = [self.service.close]
+        for name in ("control", "_events", "_vectors"):
+            owner = getattr(self, name, None)  # initialisation may have ended before it was made
+            if owner is not None:
+                steps.append(owner.close)
+        for step in (*steps, self._close_descriptors, self.transport.close):
+            try:
+                step()
+            except (IsmError, OSError) as exc:
+                log.debug("%s: while closing: %s", self.transport.name, exc)
+
+    def _close_descriptors(self) -> None:
+        with self._lock:
+            for held in self._held.values():
+                binding, held.binding = held.binding, None
+                if binding is not None and binding.vector < 0:
+                    self._queue_fds.append(binding.fd)
+            self._held.clear()
+            self._by_offset.clear()
+            fds, self._queue_fds = self._queue_fds, []
+        for fd in fds:
+            os.close(fd)
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which MSI-X vector tells of which region: one vector and one eventfd a region, as long as there are vectors.
+
+When all but the last are taken, further regions share the last one: the service thread reads its eventfd and passes
+each interrupt on to every region bound to it (virtio-ism: several regions may share a vector, callbacks tolerate
+spurious calls). A vector keeps its eventfd when its region goes, so the next region costs no register access.
+
+Any thread. An eventfd is raised only under the lock under which it would be closed: a wake-up that comes late can
+meet another region, never another kind of descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
+from ism.driver.transport import Transport, Watcher
+from ism.errors import DeviceGoneError, TransportError
+
+__all__ = ["Binding", "Vectors", "drain", "make_eventfd"]
+
+
+@dataclass(slots=True)
+class Binding:
+    """An interrupt of one region: `vector` to tell the device, `fd` readable when a peer rang (borrowed)."""
+
+    vector: int
+    fd: int
+    shared: bool
+
+
+class Vectors:
+    """The vectors `first` .. `count` - 1 of a function, handed out to regions. Thread-safe."""
+
+    def __init__(self, transport: Transport, watcher: Watcher, first: int, count: int) -> None:
+        self._transport, self._watcher = transport, watcher
+        self._lock = threading.Lock()
+        self._next, self._last = first, count - 1
+        self._idle: list[Binding] = []
+        self._fds: set[int] = set()
+        self._shared_fd = -1
+        self._sharers: set[int] = set()
+        self._closed = False
+
+    def acquire(self) -> Binding:
+        """Return an interrupt for a new region.
+
+        Raises: TransportError (no vectors at all, or no descriptors), DeviceGoneError (closed).
+        """
+        with self._lock:
+            if self._closed:
+                raise DeviceGoneError(f"{self._transport.name} is closed")
+            if self._idle:
+                binding = self._idle.pop()
+                drain(binding.fd)
+                return binding
+            if self._next > self._last:
+                raise TransportError(f"{self._transport.name} has no interrupt vectors for regions")
+            if self._next < self._last:
+                fd = self._bound_eventfd(self._next)
+                self._next += 1
+                return Binding(self._next - 1, fd, shared=False)
+            if self._shared_fd < 0:
+                self._share_last()
+            fd = make_eventfd()
+            self._fds.add(fd)
+            self._sharers.add(fd)
+            return Binding(self._last, fd, shared=True)
+
+    def _bound_eventfd(self, vector: int) -> int:
+        fd = make_eventfd()
+        try:
+            self._transport.set_vectors(vector, [fd])
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds.add(fd)
+        return fd
+
+    def _share_last(self) -> None:
+        fd = self._bound_eventfd(self._last)
+        try:
+            self._watcher.add(fd, self._fan_out)
+        except BaseException:
+            self._fds.discard(fd)
+            os.close(fd)
+            raise
+        self._shared_fd = fd
+
+    def release(self, binding: Binding) -> None:
+        """Take an interrupt back; the device has unbound it."""
+        with self._lock:
+            if self._closed:
+                return
+            if not binding.shared:
+                self._idle.append(binding)
+            elif binding.fd in self._sharers:
+                self._sharers.discard(binding.fd)
+                self._fds.discard(binding.fd)
+                os.close(binding.fd)
+
+    def _fan_out(self) -> None:
+        with self._lock:
+            if not self._closed and drain(self._shared_fd):
+                for fd in self._sharers:
+                    raise_eventfd(fd)
+
+    def wake_all(self) -> None:
+        """Make every region's descriptor readable: the device is gone, and whoever sleeps must look."""
+        with self._lock:
+            for fd in self._fds:
+                raise_eventfd(fd)
+
+    def close(self) -> None:
+        """Close all eventfds; nobody may use a binding any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._shared_fd >= 0:
+                self._watcher.remove(self._shared_fd)
+            for fd in self._fds:
+                os.close(fd)
+            self._fds.clear()
+            self._idle.clear()
+            self._sharers.clear()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test of this folder runs once per transport, and leaves no descriptor and no thread behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transport_rig import InMemoryRig, ManagerProcess, Rig, Shape, VfioUserRig, open_descriptors
+
+from ism.driver.eventfd import raise_eventfd
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    warm = os.eventfd(0)
+    raise_eventfd(warm)  # takes the one descriptor that a process keeps for it
+    os.close(warm)
+    gc.collect()
+    before, threads = open_descriptors(), set(threading.enumerate())
+    yield
+    gc.collect()
+    after = open_descriptors()
+    leaked = {fd: what for fd, what in after.items() if fd not in before}
+    assert not leaked, f"descriptors were left open: {leaked}"
+    left = [thread.name for thread in set(threading.enumerate()) - threads if not thread.name.startswith("Trio")]
+    assert not left, f"threads were left: {left}"
+
+
+@pytest.fixture(params=["in-memory", "vfio-user"])
+def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    made: list[Rig] = []
+
+    def make(**fields: object) -> Rig:
+        shape = Shape(**fields)  # type: ignore[arg-type]
+        rig: Rig = (
+            InMemoryRig(shape) if request.param == "in-memory" else VfioUserRig(tmp_path / f"run{len(made)}", shape)
+        )
+        made.append(rig)
+        return rig
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., Rig]) -> Rig:
+    return make_rig()
+
+
+@pytest.fixture
+def manager_process(tmp_path: Path) -> Iterator[ManagerProcess]:
+    process = ManagerProcess(tmp_path / "run")
+    yield process
+    process.end()

@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device's life over every transport: regions, grants, doorbells, events, limits, the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from transport_rig import CHUNK, PATIENCE_S, READ_WRITE, SHARED, InMemoryRig, Rig, Shape, readable, together
+
+from ism.driver import Device, Region
+from ism.driver.eventfd import drain
+from ism.driver.events import Event
+from ism.errors import (
+    DeviceError,
+    DeviceGoneError,
+    FeatureMismatchError,
+    LocalProtocolError,
+    PermissionDeniedError,
+    QuotaError,
+    RemoteProtocolError,
+    StaleRegionError,
+)
+from ism.ids import DevId, Token
+from ism.manager.quota import Quota
+from ism.virtio.ism_spec import EventType, IsmFeature, Permission
+from ism.virtio.pci import Status
+
+UNKNOWN = Token(0x1234_5678_9ABC_DEF0)
+
+
+def shared(owner: Device, size: int = CHUNK, **options: bool) -> Region:
+    return owner.alloc(size, grants=[(SHARED, None)], **options)
+
+
+def wait_for_doorbell(region: Region) -> None:
+    assert readable(region.fileno()), "no doorbell came"
+    assert drain(region.fileno())
+
+
+def break_queue(device: Device) -> None:
+    """Make the device find what no driver may do, a thousand chains at once, and wait until it has."""
+    queue = device.control.queue
+    queue._avail[1] = (queue._avail[1] + 1000) & 0xFFFF
+    device._notify(0)
+    assert device._pci.status & Status.NEEDS_RESET
+
+
+class Heard:
+    """Events of a region, as they come."""
+
+    def __init__(self, region: Region) -> None:
+        self._came = threading.Condition()
+        self._events: list[Event] = []
+        region.on_event(self._take)
+
+    def _take(self, event: Event) -> None:
+        with self._came:
+            self._events.append(event)
+            self._came.notify_all()
+
+    def next(self, kind: EventType | None = None) -> Event:
+        """Wait for the next event; with `kind`, events of other kinds, from before, are skipped."""
+        with self._came:
+            while True:
+                assert self._came.wait_for(lambda: self._events, PATIENCE_S), "no event came"
+                event = self._events.pop(0)
+                if kind is None or event.kind == kind:
+                    return event
+
+
+def test_initialisation_learns_names_sizes_and_features(rig: Rig) -> None:
+    first, second = rig.device(), rig.device()
+    assert first.gid == second.gid != 0
+    assert first.devid != second.devid
+    assert first.chunk_size == CHUNK
+    assert {IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, 32} <= first.features
+    assert first.gone is None
+
+
+def test_a_fresh_region_is_zero_and_as_large_as_asked_for_in_chunks(rig: Rig) -> None:
+    region = rig.device().alloc(CHUNK + 1)
+    assert region.length == 2 * CHUNK == len(region.view)
+    assert region.token != 0
+    assert region.owned
+    assert not any(region.view)
+
+
+def test_both_ends_see_each_others_bytes(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner, 3 * CHUNK)
+    far = peer.attach(own.token)
+    own.view[:4] = b"here"
+    far.view[-5:] = b"there"
+    assert far.view[:4] == b"here"
+    assert own.view[-5:] == b"there"
+    assert far.length == own.length
+    assert not far.owned
+
+
+def test_nobody_may_attach_a_fresh_region(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    region = owner.alloc(CHUNK)
+    with pytest.raises(PermissionDeniedError, match="has not granted ATTACH") as caught:
+        peer.attach(region.token)
+    assert (caught.value.ack_name, caught.value.token) == ("PERM_EATTACH", region.token)
+
+
+def test_a_grant_names_one_device_or_all(rig: Rig) -> None:
+    owner, named, other = rig.device(), rig.device(), rig.device()
+    region = owner.alloc(CHUNK)
+    region.grant(SHARED, named.devid)
+    assert named.attach(region.token)
+    with pytest.raises(PermissionDeniedError):
+        other.attach(region.token)
+    region.grant(SHARED)
+    assert other.attach(region.token)
+
+
+def test_rights_beyond_the_grant_are_refused_by_name(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    region = owner.alloc(CHUNK)
+    region.grant(Permission.ATTACH | Permission.READ, peer.devid)
+    with pytest.raises(PermissionDeniedError, match="has not granted WRITE") as caught:
+        peer.attach(region.token, READ_WRITE)
+    assert caught.value.ack_name == "PERM_EWRITE"
+    region.grant(Permission.ATTACH | Permission.WRITE, peer.devid)
+    with pytest.raises(PermissionDeniedError, match="has not granted READ") as caught:
+        peer.attach(region.token, Permission.READ)
+    assert caught.value.ack_name == "PERM_EREAD"
+
+
+def test_only_the_owner_or_a_manager_of_the_region_may_grant(rig: Rig) -> None:
+    owner, helper, stranger = rig.device(), rig.device(), rig.device()
+    region = owner.alloc(CHUNK, grants=[(SHARED | Permission.MANAGE, helper.devid)])
+    with pytest.raises(DeviceError, match="GRANT SET_DEFAULT"):
+        stranger.grant(region.token, SHARED)
+    helper.grant(region.token, SHARED, stranger.devid)
+    assert stranger.attach(region.token)
+
+
+def test_a_grant_to_a_device_that_is_not_there_is_an_error_and_leaves_nothing_behind(
+    make_rig: Callable[..., Rig],
+) -> None:
+    owner = make_rig(chunks=4).device()
+    for _ in range(10):
+        with pytest.raises(DeviceError):
+            owner.alloc(CHUNK, grants=[(SHARED, DevId(0xDEAD))])
+    assert owner.alloc(4 * CHUNK)
+
+
+def test_a_read_only_view_refuses_stores(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    region = owner.alloc(CHUNK, grants=[(Permission.ATTACH | Permission.READ, peer.devid)])
+    region.view[0] = 9
+    far = peer.attach(region.token, Permission.READ)
+    assert far.view[0] == 9
+    with pytest.raises(TypeError):
+        far.view[0] = 1
+
+
+def test_losing_the_right_to_write_in_the_middle_of_it_harms_neither_side(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    region = owner.alloc(2 * CHUNK, grants=[(SHARED, peer.devid)])
+    far = peer.attach(region.token)
+    far.view[0] = 1
+    region.grant(Permission.ATTACH | Permission.READ, peer.devid)
+    peer.alloc(CHUNK).close()  # answered behind the new mapping, which is made in order
+    far.view[0] = 2
+    far.view[CHUNK] = 3
+    assert (region.view[0], region.view[CHUNK]) == (1, 0)
+
+
+def test_a_second_attach_counts_and_the_last_close_unmaps(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    first, second = peer.attach(own.token), peer.attach(own.token)
+    assert first.address == second.address
+    first.close()
+    own.view[0] = 5
+    assert second.view[0] == 5
+    second.close()
+    again = peer.attach(own.token)  # takes its turn behind the detach
+    assert second.view[0] == 0
+    assert again.view[0] == 5
+
+
+def test_a_second_attach_can_bring_the_interrupt_that_the_first_did_without(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    plain = peer.attach(own.token)
+    with pytest.raises(StaleRegionError):
+        plain.fileno()
+    told = peer.attach(own.token, interrupt=True)
+    own.ring()
+    wait_for_doorbell(told)
+
+
+def test_attaching_a_region_of_ones_own_connects_a_device_with_itself(rig: Rig) -> None:
+    device = rig.device()
+    own = device.alloc(CHUNK)
+    far = device.attach(own.token, READ_WRITE, offered_by=device.devid)
+    far.view[7] = 7
+    assert own.view[7] == 7
+    far.ring()
+    wait_for_doorbell(own)
+    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+        device.attach(own.token, READ_WRITE, offered_by=device.devid)
+
+
+def test_a_peer_cannot_offer_a_region_that_serves_somebody_else(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = owner.alloc(CHUNK, grants=[(SHARED, None)])
+    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+        owner.attach(own.token, offered_by=peer.devid)
+    far = peer.attach(own.token, offered_by=owner.devid)
+    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+        peer.attach(own.token, offered_by=DevId(99))
+    assert far.view[0] == 0
+
+
+def test_the_owners_detach_kills_the_token_and_leaves_the_memory_to_its_holders(rig: Rig) -> None:
+    owner, peer, late = rig.device(), rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token)
+    heard = Heard(far)
+    own.view[0] = 3
+    own.close()
+    event = heard.next(EventType.DETACH)
+    assert (event.kind, event.devid, event.peers) == (EventType.DETACH, owner.devid, 1)
+    with pytest.raises(DeviceError, match="its owner let the region go") as caught:
+        late.attach(own.token)
+    assert caught.value.ack_name == "ENOENT"
+    assert far.view[0] == 3
+
+
+def test_an_unknown_token_is_an_error_by_name(rig: Rig) -> None:
+    device = rig.device()
+    for call in (lambda: device.attach(UNKNOWN), lambda: device.grant(UNKNOWN, SHARED)):
+        with pytest.raises(DeviceError, match="0x123456789abcdef0") as caught:
+            call()
+        assert caught.value.ack_name == "ENOENT"
+
+
+def test_a_closed_region_is_stale_and_close_is_idempotent(rig: Rig) -> None:
+    region = rig.device().alloc(CHUNK)
+    region.close()
+    region.close()
+    region.wake()
+    for call in (region.fileno, region.ring, lambda: region.grant(SHARED)):
+        with pytest.raises(StaleRegionError):
+            call()
+
+
+def test_values_that_no_field_can_hold_are_errors_of_the_caller(rig: Rig) -> None:
+    device = rig.device()
+    for size in (0, -1, 1 << 64):
+        with pytest.raises(ValueError, match="impossible"):
+            device.alloc(size)
+    with pytest.raises(LocalProtocolError):
+        device.attach(Token(-1))
+    with pytest.raises(LocalProtocolError):
+        device.grant(Token(1 << 64), SHARED)
+
+
+# -- doorbells and events
+
+
+def test_doorbells_go_both_ways_again_and_again(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    for _ in range(50):
+        far.ring()
+        wait_for_doorbell(own)
+        own.ring()
+        wait_for_doorbell(far)
+
+
+def test_a_doorbell_reaches_all_other_holders_and_not_the_one_who_rings(rig: Rig) -> None:
+    owner, second, third = rig.device(), rig.device(), rig.device()
+    own = shared(owner)
+    others = [second.attach(own.token, interrupt=True), third.attach(own.token, interrupt=True)]
+    everyone = [own, *others]
+    for ringer in everyone:
+        for region in everyone:
+            drain(region.fileno())
+        ringer.ring()
+        for region in everyone:
+            if region is not ringer:
+                wait_for_doorbell(region)
+
+
+def test_a_holder_that_goes_leaves_the_others_wired(rig: Rig) -> None:
+    owner, second, third = rig.device(), rig.device(), rig.device()
+    own = shared(owner)
+    stays, goes = second.attach(own.token, interrupt=True), third.attach(own.token, interrupt=True)
+    heard = Heard(own)
+    goes.close()
+    event = heard.next(EventType.DETACH)
+    assert (event.kind, event.devid, event.peers) == (EventType.DETACH, third.devid, 2)
+    stays.ring()
+    wait_for_doorbell(own)
+    own.ring()
+    wait_for_doorbell(stays)
+
+
+def test_attach_and_detach_of_peers_are_told_as_events(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    heard = Heard(own)
+    far = peer.attach(own.token)
+    event = heard.next()
+    assert (event.kind, event.devid, event.peers) == (EventType.ATTACH, peer.devid, 2)
+    far.close()
+    event = heard.next()
+    assert (event.kind, event.devid, event.peers) == (EventType.DETACH, peer.devid, 1)
+
+
+def test_a_peer_that_vanishes_is_told_as_a_detach(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    heard = Heard(own)
+    peer.attach(own.token)
+    assert heard.next().kind == EventType.ATTACH
+    peer.transport.close()
+    assert heard.next(EventType.DETACH)
+
+
+def test_a_callback_that_raises_costs_only_its_own_event(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    came = threading.Semaphore(0)
+
+    def callback(event: Event) -> None:
+        came.release()
+        raise ZeroDivisionError
+
+    own.on_event(callback)
+    for _ in range(3):
+        peer.attach(own.token).close()
+    for _ in range(6):
+        assert came.acquire(timeout=PATIENCE_S)
+    assert owner.alloc(CHUNK)
+    assert "on_event callback failed" in caplog.text
+
+
+def test_a_callback_may_close_regions_and_may_not_wait(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token)
+    outcome: list[Exception] = []
+    done = threading.Event()
+
+    def callback(event: Event) -> None:
+        far.close()
+        for call in (lambda: peer.alloc(CHUNK), lambda: peer.attach(own.token), peer.close):
+            try:
+                call()
+            except Exception as exc:
+                outcome.append(exc)
+        done.set()
+
+    far.on_event(callback)
+    own.close()
+    assert done.wait(PATIENCE_S)
+    assert [type(exc) for exc in outcome] == [LocalProtocolError] * 3
+    assert peer.alloc(CHUNK)
+
+
+def test_wake_makes_a_regions_own_descriptor_readable(rig: Rig) -> None:
+    region = rig.device().alloc(CHUNK)
+    region.wake()
+    wait_for_doorbell(region)
+
+
+def test_without_interrupts_the_driver_polls_and_doorbells_arrive_as_events(rig: Rig) -> None:
+    owner, peer = rig.device(interrupts=False), rig.device(interrupts=False)
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    heard = Heard(own)
+    for _ in range(3):
+        far.ring()
+        wait_for_doorbell(own)
+        own.ring()
+        wait_for_doorbell(far)
+    far.close()
+    assert heard.next(EventType.DETACH)
+
+
+def test_a_device_with_too_few_vectors_is_polled(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(vectors=3)
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    far.ring()
+    wait_for_doorbell(own)
+    own.ring()
+    wait_for_doorbell(far)
+
+
+def test_when_vectors_run_out_regions_share_the_last_one(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(vectors=6)
+    owner, peer = rig.device(), rig.device()
+    own = [shared(owner) for _ in range(6)]
+    far = [peer.attach(region.token, interrupt=True) for region in own]
+    assert [region.binding.shared for region in own] == [False, False, True, True, True, True]
+    for mine, theirs in zip(own, far, strict=True):
+        theirs.ring()
+        wait_for_doorbell(mine)
+        mine.ring()
+        wait_for_doorbell(theirs)
+    for region in own + far:
+        region.close()
+    again = [owner.alloc(CHUNK) for _ in range(3)]
+    assert sum(region.binding.shared for region in again) == 1
+
+
+def test_a_region_without_interrupt_costs_no_vector(make_rig: Callable[..., Rig]) -> None:
+    device = make_rig(vectors=5).device()
+    for _ in range(5):
+        device.alloc(CHUNK, interrupt=False)
+    assert not device.alloc(CHUNK).binding.shared
+
+
+# -- limits
+
+
+def test_quota_and_window_are_errors_that_say_so_and_pass_with_a_detach(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(chunks=8, quota=Quota(bytes=16 * CHUNK, regions=3, attachments=1))
+    device, peer = rig.device(), rig.device()
+    regions = [device.alloc(2 * CHUNK) for _ in range(3)]
+    with pytest.raises(QuotaError, match="quota") as caught:
+        device.alloc(CHUNK)
+    assert caught.value.ack_name == "ENOMEM"
+    regions.pop().close()
+    with pytest.raises(QuotaError, match="window has no free chunks") as caught:
+        device.alloc(5 * CHUNK)
+    assert caught.value.ack_name == "ENOSPC"
+    regions.append(device.alloc(4 * CHUNK))
+    for region in regions:
+        region.grant(SHARED)
+    far = peer.attach(regions[0].token)
+    with pytest.raises(QuotaError):
+        peer.attach(regions[1].token)
+    far.close()
+    assert peer.attach(regions[1].token)
+
+
+def test_a_region_scattered_over_the_window_is_one_contiguous_mapping(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(chunks=128)
+    owner, peer = rig.device(), rig.device()
+    for device in (owner, peer):
+        single = [device.alloc(CHUNK, interrupt=False) for _ in range(128)]
+        for region in single[::2]:
+            region.close()
+    own = shared(owner, 50 * CHUNK)  # more areas than a reply slot has room for: E2BIG, then a larger buffer
+    own.view[:] = b"".join(bytes([1 + chunk]) * CHUNK for chunk in range(50))
+    far = peer.attach(own.token)
+    assert far.view == own.view
+    far.view[49 * CHUNK - 1 : 49 * CHUNK + 1] = b"ab"
+    assert own.view[49 * CHUNK - 1 : 49 * CHUNK + 1] == b"ab"
+    far.ring()
+    wait_for_doorbell(own)
+    few = shared(owner, 3 * CHUNK)
+    assert peer.attach(few.token).length == 3 * CHUNK
+    far.close()
+    own.close()
+    again = shared(owner, 61 * CHUNK)
+    assert not any(again.view)
+    assert not any(own.view)
+
+
+def test_many_threads_have_commands_under_way_at_once(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(chunks=64)
+    owner, peer = rig.device(), rig.device()
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            own = shared(owner, 2 * CHUNK, interrupt=bool(number & 1))
+            own.view[0] = number
+            far = peer.attach(own.token)
+            again = peer.attach(own.token)
+            assert far.view[0] == again.view[0] == number
+            far.close()
+            own.close()
+            again.close()
+
+    together([lambda number=number: work(number) for number in range(1, 9)])  # type: ignore[misc]
+    for device in (owner, peer):
+        assert device.alloc(64 * CHUNK)
+
+
+def test_threads_may_attach_and_close_one_token_at_once(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    own.view[0] = 42
+
+    def work() -> None:
+        for _ in range(20):
+            far = peer.attach(own.token)
+            assert far.view[0] == 42
+            far.close()
+
+    together([work] * 4)
+    assert peer.attach(own.token).view[0] == 42
+
+
+def test_two_threads_that_close_one_region_detach_it_once(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    kept = peer.attach(own.token)
+    for _ in range(20):
+        together([peer.attach(own.token).close] * 3)
+    own.view[0] = 1
+    assert kept.view[0] == 1
+
+
+# -- the end
+
+
+def test_close_with_regions_open_lets_them_go_and_keeps_views_readable(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    heard = Heard(own)
+    peer.close()
+    peer.close()
+    assert heard.next(EventType.DETACH)
+    assert len(bytes(far.view)) == CHUNK
+    with pytest.raises(DeviceGoneError, match="closed"):
+        peer.alloc(CHUNK)
+    with pytest.raises(DeviceGoneError):
+        far.ring()
+    with pytest.raises(StaleRegionError):
+        far.fileno()
+    far.close()
+    assert owner.alloc(CHUNK)
+
+
+def test_close_while_commands_are_under_way_ends_all_of_them(rig: Rig) -> None:
+    device = rig.device()
+    started = threading.Barrier(4)
+
+    def fill() -> None:
+        while True:
+            device.alloc(CHUNK)
+
+    def work() -> None:
+        started.wait(PATIENCE_S)
+        with pytest.raises((DeviceGoneError, QuotaError)):
+            fill()
+
+    def close() -> None:
+        started.wait(PATIENCE_S)
+        device.close()
+
+    together([work, work, work, close])
+
+
+def test_a_device_that_needs_a_reset_says_so_to_everybody(rig: Rig) -> None:
+    device = rig.device()
+    region = device.alloc(CHUNK)
+    region.view[0] = 8
+    drain(region.fileno())
+    break_queue(device)
+    assert readable(region.fileno())
+    with pytest.raises(DeviceGoneError, match="needs a reset"):
+        device.alloc(CHUNK)
+    assert device.gone is not None
+    assert region.view[0] == 8
+    region.close()
+
+
+def test_a_polled_device_that_needs_a_reset_says_so_too(rig: Rig) -> None:
+    device = rig.device(interrupts=False)
+    region = device.alloc(CHUNK)
+    break_queue(device)
+    with pytest.raises(DeviceGoneError, match="needs a reset"):
+        device.alloc(CHUNK)
+    assert readable(region.fileno())
+
+
+# -- devices with fewer features, which only the fabric can make
+
+
+def test_a_device_without_any_feature_shares_memory_all_the_same() -> None:
+    rig = InMemoryRig(Shape(), features=())
+    owner, peer = rig.device(), rig.device()
+    assert not {IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ} & owner.features
+    own = shared(owner, interrupt=False)
+    far = peer.attach(own.token)
+    far.view[0] = 1
+    assert own.view[0] == 1
+    own.ring()
+    with pytest.raises(FeatureMismatchError, match="cannot tell of doorbells") as caught:
+        owner.alloc(CHUNK)
+    assert caught.value.missing == ("VIRTIO_ISM_F_EVENT_IRQ", "VIRTIO_ISM_F_EVENT_VQ")
+    rig.close()
+
+
+def test_a_device_without_event_queue_still_has_doorbells() -> None:
+    rig = InMemoryRig(Shape(), features=(IsmFeature.EVENT_IRQ,))
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    far.ring()
+    wait_for_doorbell(own)
+    rig.close()
+
+
+def test_a_device_without_region_vectors_tells_of_doorbells_by_events() -> None:
+    rig = InMemoryRig(Shape(), features=(IsmFeature.EVENT_VQ,))
+    owner, peer = rig.device(), rig.device()
+    own = shared(owner)
+    far = peer.attach(own.token, interrupt=True)
+    far.ring()
+    wait_for_doorbell(own)
+    own.ring()
+    wait_for_doorbell(far)
+    rig.close()
