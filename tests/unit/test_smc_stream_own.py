@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only SMC streams show: information, sizes beyond a ring, fairness, and the default device."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import trio
+import trio.testing
+from smc_stream_rig import SmcRig, bounded, leak_checked, receive_exactly, shake_hands
+
+from ism.driver import Device
+from ism.ids import DevId
+from ism.smc import SmcListener, SmcStream, default, serve_tcp
+from ism.testing import Fabric
+
+
+@pytest.fixture
+def rig() -> Iterator[SmcRig]:
+    with leak_checked() as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        memoryview(bytes(range(256)) * 1024).cast("I"),
+        array.array("H", range(60_000)),
+        numpy.arange(50_000, dtype=numpy.uint32),
+        numpy.arange(40_000, dtype=numpy.uint16).reshape(200, 200),
+    ],
+    ids=["view of words", "array", "numpy", "numpy, two dimensions"],
+)
+@bounded
+async def test_a_buffer_of_wide_items_larger_than_the_ring_arrives_whole(rig: SmcRig, data: memoryview) -> None:
+    client, server = await rig.pair()
+    whole = memoryview(data).tobytes()
+    async with client, server, trio.open_nursery() as nursery:
+        nursery.start_soon(client.send_all, data)
+        assert await receive_exactly(server, len(whole)) == whole
+
+
+@bounded
+async def test_the_largest_max_bytes_is_no_larger_than_what_is_there(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    async with client, server:
+        await client.send_all(b"little")
+        assert await server.receive_some(1 << 70) == b"little"
+
+
+@bounded
+async def test_a_sender_keeps_no_more_in_flight_than_the_peers_ring_holds(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    async with client, server:
+        assert server.connection is not None
+        with trio.move_on_after(0.05):
+            await client.send_all(bytes(1 << 20))
+        assert server.connection.endpoint.readable_bytes() == server.connection.endpoint.rx_ring_bytes == 61440
+
+
+@bounded
+async def test_a_send_that_the_peer_keeps_up_with_lets_other_tasks_run(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    async with client, server:
+        reader, total = server.connection, 64 << 20
+        assert reader is not None
+        turns = 0
+
+        def read_as_fast_as_possible() -> None:
+            left, buffer = total, bytearray(1 << 20)
+            while left:
+                left -= reader.endpoint.recv_into(buffer)
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        thread = threading.Thread(target=read_as_fast_as_possible)
+        thread.start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count_turns)
+            await client.send_all(bytes(total))
+            nursery.cancel_scope.cancel()
+        await trio.to_thread.run_sync(thread.join)
+    assert turns > 2
+
+
+@bounded
+async def test_a_refused_second_task_has_passed_a_checkpoint(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    async with client, server, trio.open_nursery() as nursery:
+        nursery.start_soon(client.receive_some)
+        nursery.start_soon(client.send_all, bytes(1 << 20))
+        await trio.testing.wait_all_tasks_blocked()
+        for call in (
+            client.receive_some,
+            client.send_eof,
+            client.wait_send_all_might_not_block,
+            lambda: client.send_all(b"x"),
+        ):
+            with trio.testing.assert_checkpoints(), pytest.raises(trio.BusyResourceError):
+                await call()
+        nursery.cancel_scope.cancel()
+
+
+@bounded
+async def test_a_stream_tells_what_it_runs_over(rig: SmcRig) -> None:
+    client, server = await rig.fresh_pair()
+    async with client, server:
+        assert client.connection is None
+        assert client.socket.getpeername() == server.socket.getsockname()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 4) == (1).to_bytes(4, "little")
+        await shake_hands(client, server)
+        assert client.connection is not None
+        assert client.connection.peer.devid == rig.server_device.devid
+        assert client.connection.peer.link_id == os.getpid()
+
+
+@bounded
+async def test_a_closed_listener_accepts_nothing(rig: SmcRig) -> None:
+    listener = await rig.listen()
+    await listener.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await listener.accept()
+
+
+@bounded
+async def test_serving_closes_each_stream_after_its_handler(rig: SmcRig) -> None:
+    async def double(stream: SmcStream) -> None:
+        data = await receive_exactly(stream, 4)
+        await stream.send_all(data * 2)
+
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[list[SmcListener]]) -> None:
+            await serve_tcp(double, 0, host="127.0.0.1", device=rig.server_device, task_status=task_status)
+
+        (listener,) = await nursery.start(serve)
+        for _ in range(3):
+            async with await rig.connect(listener.socket.getsockname()[1]) as client:
+                await client.send_all(b"echo")
+                assert await receive_exactly(client, 8) == b"echoecho"
+                assert await client.receive_some() == b""
+        nursery.cancel_scope.cancel()
+
+
+# The device that a process uses when it names none --------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Device]]:
+    """Make the default device an in-memory one; lends the list of those that were opened."""
+    fabric, devices = Fabric(), []
+
+    def open_in_memory() -> Device:
+        devices.append(Device(fabric.plug()))
+        return devices[-1]
+
+    monkeypatch.setattr(default, "open_device", open_in_memory)
+    yield devices
+    default.close_default()
+    for device in devices:
+        device.close()
+
+
+@bounded
+async def test_the_default_device_is_opened_once_however_many_ask(opened: list[Device]) -> None:
+    found: list[DevId] = []
+
+    async def ask() -> None:
+        found.append((await default.default_device()).devid)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask)
+    assert len(opened) == 1
+    assert found == [opened[0].devid] * 20
+
+
+@bounded
+async def test_a_default_device_that_is_gone_is_replaced(opened: list[Device]) -> None:
+    first = await default.default_device()
+    first.transport.lose("the manager was stopped")  # type: ignore[attr-defined]
+    second = await default.default_device()
+    assert second is not first
+    assert await default.default_device() is second
+    default.close_default()
+    default.close_default()
+    assert await default.default_device() is not second
+    assert len(opened) == 3
