@@ -257,6 +257,20 @@ class Manager:
         """Listen on the fan-out eventfds, for ever."""
         await self._shared.fan_out.run()
 
+    def fall_silent(self) -> None:
+        """Tell clients nothing any more, before their devices are released."""
+        for domain in self.domains.values():
+            domain.silent = True
+
+    async def serve_all(
+        self, listeners: Sequence[tuple[socket.socket, HandlerFactory]], scope: trio.CancelScope
+    ) -> None:
+        """Serve the clients of several sockets until `scope` is cancelled."""
+        with scope:
+            async with trio.open_nursery() as nursery:
+                for sock, connect in listeners:
+                    nursery.start_soon(self.serve, sock, connect)
+
     def close(self) -> None:
         """Close what is shared; no client may be left."""
         self._shared.close()
@@ -319,7 +333,8 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
         run_dir: for the sockets; made with mode 0700 if it is missing.
         task_status: `await nursery.start(run_manager, config, run_dir)` returns the `Manager` once clients can connect.
     Raises: TransportError when another manager runs there, or a socket cannot be made; ConfigError.
-    Cancellation: every client's device is released, the sockets are removed.
+    Cancellation: the sockets are removed, and every client's device ends as if the manager had died: clients are told
+        nothing about each other, so that established connections go on.
     """
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(run_dir)
@@ -341,8 +356,8 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
         async with trio.open_nursery() as nursery:
             nursery.start_soon(manager.run_doorbells)
             nursery.start_soon(serve_control, control.sock, manager.answer)
-            for sock, connect in devices:
-                nursery.start_soon(manager.serve, sock, connect)
+            clients = trio.CancelScope(shield=True)
+            nursery.start_soon(manager.serve_all, devices, clients)
             if threading.current_thread() is threading.main_thread():
                 await nursery.start(_wait_for_signal, nursery.cancel_scope)
             logger.info("manager pid %d runs in %s, at most %d descriptors", os.getpid(), run_dir, limit)
@@ -353,6 +368,11 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
                     "a fresh device of domain %s a connection: %s", config.fresh.domain, config.fresh.socket.path
                 )
             task_status.started(manager)
+            try:
+                await trio.sleep_forever()
+            finally:
+                manager.fall_silent()
+                clients.cancel()
 
 
 async def _wait_for_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:

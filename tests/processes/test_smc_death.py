@@ -404,7 +404,8 @@ async def test_a_program_that_exits_with_unread_bytes_resets_like_tcp(host: Host
         await host.only_this_process_is_left()
 
 
-async def test_an_established_connection_survives_the_manager(host: Host) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+async def test_an_established_connection_survives_the_manager(host: Host, end: signal.Signals) -> None:
     async def exchange(stream: SmcStream, data: bytes) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, data)
@@ -419,7 +420,7 @@ async def test_an_established_connection_survives_the_manager(host: Host) -> Non
                     assert stream.connection is not None
                     stream.connection.endpoint.max_spin_ns = 0  # so both ends sleep for every single message
                     await exchange(stream, b"with a manager")
-                    host.manager.send_signal(signal.SIGKILL)
+                    host.manager.send_signal(end)
                     await ended(host.manager)
                     while host.device.gone is None:  # noqa: ASYNC110 (the driver's thread sets no event)
                         await trio.sleep(0.001)
