@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ism.driver import capabilities
-from ism.driver.control import COMMAND_TIMEOUT_S, Command, ControlQueue, Placement
+from ism.driver.control import COMMAND_TIMEOUT_S, Command, ControlQueue, Placement, ack_error
 from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
 from ism.driver.events import Event, EventQueue
 from ism.driver.region import Region
@@ -421,7 +421,9 @@ class Device:
         with self._lock:
             held = self._held.get(token)
         if peer == self.devid:
-            return held is not None and held.owned and held.count == 1
+            if held is None:  # this process, the peer, has let it go already
+                raise ack_error("ATTACH_REGION", Ack.ENOENT, token)
+            return held.owned and held.count == 1
         return held is None
 
     def _hold(

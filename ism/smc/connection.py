@@ -33,7 +33,8 @@ from ism.driver import Region
 from ism.driver.eventfd import drain
 from ism.driver.events import Event
 from ism.errors import IsmError, LocalProtocolError, ProtocolError, RemoteProtocolError
-from ism.shm import Endpoint, RxState
+from ism.memory import PAGE_SIZE, Mapping
+from ism.shm import HEADER_BYTES, Endpoint, RxState
 from ism.shm.header import FLAGS
 from ism.smc.handshake_machine import PeerAnswer
 from ism.smc.states import ConnectionStates, Outcome, State, Step
@@ -55,12 +56,27 @@ class HasFileno(Protocol):
         """Descriptor, -1 when closed."""
 
 
+class Nowhere:
+    """Stands for the region of a peer that has let it go before it could be attached: memory that nobody reads."""
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        self._mapping = Mapping(HEADER_BYTES + PAGE_SIZE)
+        self.address, self.length = self._mapping.address, self._mapping.length
+
+    def ring(self) -> None:
+        """Nobody is there to wake."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class _Doorbell:
     """Rings the peer. A failure is kept: what was to be announced has happened, and must not be lost for it."""
 
     __slots__ = ("_tx", "lost")
 
-    def __init__(self, tx: Region) -> None:
+    def __init__(self, tx: Region | Nowhere) -> None:
         self._tx = tx
         self.lost: Exception | None = None
 
@@ -78,16 +94,18 @@ class Connection:
     (see `fileno`).
     """
 
-    def __init__(self, tcp: HasFileno, rx: Region, tx: Region, peer: PeerAnswer) -> None:
+    def __init__(self, tcp: HasFileno, rx: Region, tx: Region | Nowhere, peer: PeerAnswer) -> None:
         """Take over both regions; the TCP socket stays the caller's, who closes it after `close`.
 
+        Args: `tx`: `Nowhere` when the peer has sent, and closed or died, before this side came to attach its region:
+            what it sent is received as ever, and then its end.
         Raises: ValueError (a region too small for a ring), StaleRegionError; then the regions stay the caller's.
         """
         self.peer, self.rx, self.tx = peer, rx, tx
         self._tcp, self._tcp_fd = tcp, tcp.fileno()
         self._service = rx.device.service
         self._pid = os.getpid()
-        self._peer_gone = False
+        self._peer_gone = isinstance(tx, Nowhere)
         self._started = False
         self._end_lock = threading.Lock()  # held by the service thread, so never while waiting for the device
         self._state_lock = threading.RLock()

@@ -32,7 +32,7 @@ import trio
 from ism.driver import Device, Region
 from ism.errors import DeviceError, IsmError, RemoteProtocolError, TransportError
 from ism.ids import DevId
-from ism.smc.connection import Connection
+from ism.smc.connection import Connection, Nowhere
 from ism.smc.diagnosis import Diagnosis, HandshakeError
 from ism.smc.handshake_machine import (
     ClientHandshake,
@@ -47,7 +47,7 @@ from ism.smc.handshake_machine import (
     State,
 )
 from ism.smc.identity import Identity
-from ism.virtio.ism_spec import Permission
+from ism.virtio.ism_spec import Ack, Permission
 
 MESSAGE_TIMEOUT_S = 6.0
 """How long the rest of a message, and the CONFIRM after an ACCEPT, may take (Linux: CLC wait time)."""
@@ -258,8 +258,15 @@ class Server(_End[ServerHandshake]):
             assert isinstance(event, Confirmed)
             self._answer = event
         # from here on the client may use shared memory: a failure can only break the connection
-        self._tx = await _in_thread(attach, device, self._answer)
-        self._connection = Connection(self._sock, self._rx, self._tx, self._answer)
+        try:
+            self._tx = await _in_thread(attach, device, self._answer)
+        except DeviceError as exc:
+            if exc.ack != Ack.ENOENT:
+                raise
+            # the client has closed, or died, since: what it sent is in this side's region all the same
+            self._connection = Connection(self._sock, self._rx, Nowhere(), self._answer)
+        else:
+            self._connection = Connection(self._sock, self._rx, self._tx, self._answer)
         self._connection.start()
         return self._connection
 

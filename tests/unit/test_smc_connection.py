@@ -376,7 +376,7 @@ async def test_a_stream_that_is_dropped_without_close_warns_and_the_peer_reads_t
     client, server = await rig.pair()
     async with server:
         await client.send_all(b"before it was forgotten")
-        tcp = weakref.ref(client.socket._sock)  # cleared after its finalizer, which warns
+        tcp = weakref.ref(client.socket)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if in_a_cycle:

@@ -18,7 +18,7 @@ from ism.errors import QuotaError
 from ism.manager.quota import Quota
 from ism.smc import SmcStream, handshake, open_tcp_listeners, open_tcp_stream
 from ism.smc.handshake import DeclinedError
-from ism.smc.handshake_machine import ClientHandshake
+from ism.smc.handshake_machine import ClientHandshake, Confirmed
 
 
 @pytest.fixture
@@ -361,3 +361,35 @@ async def test_two_hundred_connections_at_once_each_keep_their_bytes(rig: SmcRig
         for pair in pairs:
             for stream in pair:
                 nursery.start_soon(stream.aclose)
+
+
+# A client that is faster than its server ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_device", [False, True])
+@bounded
+async def test_what_a_client_sent_before_it_closed_arrives_though_the_server_attaches_later(
+    one_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with leak_checked(one_device=one_device) as rig:
+        client_is_done, attach = threading.Event(), handshake.attach
+
+        def attach_late(device: Device, answer: Any) -> Any:
+            if isinstance(answer, Confirmed):
+                assert client_is_done.wait(10)
+            return attach(device, answer)
+
+        monkeypatch.setattr(handshake, "attach", attach_late)
+        client, server = await rig.fresh_pair()
+        async with server, trio.open_nursery() as nursery:
+
+            async def say_and_leave() -> None:
+                await client.send_all(b"the last words")
+                await client.aclose()
+                client_is_done.set()
+
+            nursery.start_soon(say_and_leave)
+            assert await receive_exactly(server, 14) == b"the last words"
+            assert await server.receive_some() == b""
+            with pytest.raises(trio.BrokenResourceError):
+                await server.send_all(b"too late")
