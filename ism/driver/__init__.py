@@ -2,7 +2,8 @@
 """The userspace driver of a virtio-ism device: needs neither trio nor Numba, usable from any thread.
 
 Reading order: `transport` (what it stands on), `capabilities` and `virtio_pci` (registers), `virtqueue`, `control`
-and `events` (queues), `region`, `device` (all of it together), `select` (which device a program uses).
+and `events` (queues), `function` (initialised and served), `region` and `device` (regions on top), `select` (which
+device a program uses).
 """
 
 from ism.driver.device import Device

@@ -24,39 +24,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ism.driver import capabilities
-from ism.driver.control import COMMAND_TIMEOUT_S, Command, ControlQueue, Placement, ack_error
-from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
-from ism.driver.events import Event, EventQueue
+from ism.driver.control import COMMAND_TIMEOUT_S, Command, Placement, ack_error
+from ism.driver.events import Event
+from ism.driver.function import Function
 from ism.driver.region import Region
-from ism.driver.service import Service
 from ism.driver.transport import Span, Transport
-from ism.driver.vectors import Binding, Vectors
-from ism.driver.virtio_pci import VirtioPci, feature_name
+from ism.driver.vectors import Binding
+from ism.driver.virtio_pci import feature_name
 from ism.errors import (
     DeviceError,
     DeviceGoneError,
     FeatureMismatchError,
     IsmError,
-    LocalProtocolError,
     QuotaError,
     RemoteProtocolError,
     TransportError,
 )
-from ism.ids import DevId, Gid, Token
-from ism.memory import PAGE_SIZE, Mapping
-from ism.virtio.ism_spec import QUEUE_CONTROL, QUEUE_EVENTS, Ack, EventType, IsmFeature, Permission
-from ism.virtio.pci import Feature, Status
+from ism.eventfd import make_eventfd, raise_eventfd
+from ism.ids import DevId, Token
+from ism.memory import Mapping
+from ism.virtio.ism_spec import Ack, EventType, IsmFeature, Permission
 
 log = logging.getLogger("ism.driver")
 
-VECTOR_CONFIG, VECTOR_CONTROL, VECTOR_EVENTS, VECTOR_REGIONS = range(4)
 ALL_GRANTED = Permission(0)
-_POLL_INTERVAL_S = 0.001
-_POLLS_PER_STATUS = 100
-_PCI_COMMAND = 4
-_PCI_COMMAND_OFF = 0
-_PCI_COMMAND_MEMORY_AND_MASTER = 0x6
 
 Grants = Sequence[tuple[Permission, DevId | None]]
 
@@ -74,193 +65,20 @@ class Held:
     on_event: Callable[[Event], None] | None = None
 
 
-class Device:
+class Device(Function):
     """An initialised virtio-ism device.
 
-    Attributes: `gid`, `devid` (the device's name), `chunk_size`, `features` (accepted feature bits), `transport`,
-    `control` (commands one by one; `alloc` and `attach` are what programs want).
+    Attributes: as `Function`: `gid`, `devid`, `chunk_size`, `features`, `transport`, `control`.
     """
 
     def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
-        """Initialise the device (virtio 1.3 section 3.1.1). The transport belongs to the device from here on.
-
-        Args: `interrupts`: False polls the queues instead, for transports that have no interrupts.
-        Raises: FeatureMismatchError, RemoteProtocolError, TransportError; the transport is closed then.
-        """
-        self.transport = transport
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._settled = threading.Condition(self._lock)
+        """Initialise the device; arguments and errors as `Function`."""
         self._held: dict[Token, Held] = {}
         self._by_offset: dict[int, Held] = {}
         self._in_transition: dict[Token, deque[Held]] = {}
         self._releases_begun = self._releases_done = 0
-        self._gone: str | None = None
-        self._live = False
-        self._closed = False
-        self._polls = 0
-        self._queue_fds: list[int] = []
-        try:
-            self.service = Service(f"ism-driver {transport.name}")
-        except BaseException:
-            transport.close()
-            raise
-        try:
-            self._initialise(interrupts)
-        except BaseException:
-            self._closed = True
-            self._release_everything()
-            raise
-
-    # -- initialisation -----------------------------------------------------------------------------------------
-
-    def _initialise(self, interrupts: bool) -> None:
-        transport = self.transport
-        transport.start(self.service, self._on_gone)
-        capabilities.identify(transport)
-        transport.config_write(_PCI_COMMAND, _PCI_COMMAND_MEMORY_AND_MASTER.to_bytes(2, "little"))
-        self._caps = capabilities.find(transport)
-        self._pci = pci = VirtioPci(transport, self._caps)
-        pci.reset()
-        pci.add_status(Status.ACKNOWLEDGE)
-        pci.add_status(Status.DRIVER)
-        try:
-            required = frozenset({int(Feature.VERSION_1)})
-            optional = frozenset({int(Feature.ACCESS_PLATFORM), int(IsmFeature.EVENT_IRQ), int(IsmFeature.EVENT_VQ)})
-            self.features = pci.negotiate(required, optional)
-            self._read_config()
-            self._set_up_queues(interrupts)
-            pci.add_status(Status.DRIVER_OK)
-        except BaseException:
-            self._give_up()
-            raise
-        with self._lock:
-            self._live = True
-            lost = self._gone
-        if lost is not None:  # from here on `_fail` tells whoever waits; until now nobody did
-            raise DeviceGoneError(lost)
-        if self._events is not None:
-            self._events.post_all()
-
-    def _give_up(self) -> None:
-        """Say FAILED, and keep the device away from queue memory that is about to be freed."""
-        try:
-            self._pci.add_status(Status.FAILED)
-            self.transport.config_write(_PCI_COMMAND, _PCI_COMMAND_OFF.to_bytes(2, "little"))
-        except IsmError as exc:
-            log.debug("%s: not told that the driver gave up: %s", self.transport.name, exc)
-
-    def _read_config(self) -> None:
-        name, config = self.transport.name, self._pci.read_config()
-        chunk, window = config.chunk_size, self._caps.regions.length
-        if chunk < PAGE_SIZE or chunk & (chunk - 1) or chunk > window:
-            raise RemoteProtocolError(
-                f"{name}: chunk_size {chunk} is not a power of two from a page ({PAGE_SIZE}) to the window ({window})"
-            )
-        self.gid, self.devid = Gid(config.gid), DevId(config.devid)
-        self.chunk_size = chunk
-        self._notify_size = config.notify_size or 1  # early devices leave it 0 and mean 1
-
-    def _set_up_queues(self, interrupts: bool) -> None:
-        transport, pci = self.transport, self._pci
-        sizes = [pci.queue_max_size(index) for index in range(min(pci.queue_count(), 2))]
-        if not sizes or sizes[QUEUE_CONTROL] < 2:
-            raise FeatureMismatchError(f"{transport.name} has no control queue", ["control queue"])
-        has_events = IsmFeature.EVENT_VQ in self.features and len(sizes) > QUEUE_EVENTS and sizes[QUEUE_EVENTS] >= 2
-        vectors = transport.vector_count() if interrupts else 0
-        self._interrupts = vectors > VECTOR_REGIONS
-        if self._interrupts:
-            for _ in range(VECTOR_REGIONS):
-                self._queue_fds.append(make_eventfd())
-            transport.set_vectors(0, self._queue_fds)
-            pci.set_config_vector(VECTOR_CONFIG)
-        self._vectors = Vectors(transport, self.service, VECTOR_REGIONS, vectors)
-        self.control = ControlQueue(
-            transport,
-            sizes[QUEUE_CONTROL],
-            lambda: self._notify(QUEUE_CONTROL),
-            poll=None if self._interrupts else lambda: self._reap(self.control.reap),
-            serve=self._serve if self._interrupts else None,
-            done_elsewhere=self.service.nudge,
-        )
-        self._events = None
-        if has_events:
-            self._events = EventQueue(transport, sizes[QUEUE_EVENTS], lambda: self._notify(QUEUE_EVENTS), self._deliver)
-        self._notify_at: dict[int, int] = {}
-        for index, owner in ((QUEUE_CONTROL, self.control), (QUEUE_EVENTS, self._events)):
-            if owner is not None:
-                queue = owner.queue
-                self._notify_at[index] = pci.enable_queue(
-                    index,
-                    size=queue.size,
-                    desc=queue.desc,
-                    driver=queue.driver,
-                    device=queue.device,
-                    vector=VECTOR_CONTROL + index if self._interrupts else None,
-                )
-        if self._interrupts:
-            for fd, callback in zip(
-                self._queue_fds, (self._on_config_change, self._on_control, self._on_events), strict=True
-            ):
-                self.service.add(fd, callback)
-        else:
-            self.service.every(_POLL_INTERVAL_S, self._poll)
-
-    def _notify(self, index: int) -> None:
-        place = self._caps.notify
-        try:
-            self.transport.bar_write(place.bar, self._notify_at[index], index.to_bytes(2, "little"), posted=True)
-        except IsmError as exc:
-            # the chains are the device's already: a device that cannot be told of them cannot be used any more
-            self._fail(f"{self.transport.name}: the device cannot be notified of commands: {exc}")
-            raise
-
-    def _serve(self, done: Callable[[], bool], timeout_s: float) -> None:
-        """Take answers in the thread that waits for one."""
-        fds = (self._queue_fds[VECTOR_CONTROL], *self.transport.answer_fds())
-        self.service.serve_until(done, fds, timeout_s)
-
-    # -- what the service thread does ---------------------------------------------------------------------------
-
-    def _on_config_change(self) -> None:
-        drain(self._queue_fds[VECTOR_CONFIG])
-        self._check_status()
-
-    def _check_status(self) -> None:
-        try:
-            status = self._pci.status
-        except IsmError as exc:
-            log.warning("%s: the device status cannot be read: %s", self.transport.name, exc)
-            return
-        if status & Status.NEEDS_RESET:
-            self._fail(
-                f"{self.transport.name}: the device found a broken queue and needs a reset: close it and open it again"
-            )
-
-    def _on_control(self) -> None:
-        drain(self._queue_fds[VECTOR_CONTROL])
-        self._reap(self.control.reap)
-
-    def _on_events(self) -> None:
-        drain(self._queue_fds[VECTOR_EVENTS])
-        if self._events is not None:
-            self._reap(self._events.reap)
-
-    def _poll(self) -> None:
-        if self._gone is not None:
-            return
-        self._reap(self.control.reap)
-        if self._events is not None:
-            self._reap(self._events.reap)
-        self._polls += 1
-        if self._polls % _POLLS_PER_STATUS == 0:
-            self._check_status()
-
-    def _reap(self, reap: Callable[[], None]) -> None:
-        try:
-            reap()
-        except IsmError as exc:
-            self._fail(f"{self.transport.name}: {exc}")
+        super().__init__(transport, interrupts=interrupts)
+        self._settled = threading.Condition(self._lock)
 
     def _deliver(self, event: Event) -> None:
         with self._lock:
@@ -278,44 +96,20 @@ class Device:
             except Exception:
                 log.exception("%s: an on_event callback failed", self.transport.name)
 
-    def _on_gone(self, reason: str) -> None:
-        self._fail(f"{self.transport.name}: {reason}")
+    def _wake_sleepers(self) -> None:
+        for held in self._held.values():
+            if held.binding is not None and held.binding.vector < 0:
+                raise_eventfd(held.binding.fd)
 
-    def _fail(self, reason: str) -> None:
-        with self._lock:
-            if self._gone is not None or self._closed:
-                return
-            self._gone = reason
-            if not self._live:
-                return  # whoever initialises looks itself
-            for held in self._held.values():
-                if held.binding is not None and held.binding.vector < 0:
-                    raise_eventfd(held.binding.fd)
-        log.warning("%s", reason)
-        self.control.fail(reason)
-        self._vectors.wake_all()
-
-    # -- regions ------------------------------------------------------------------------------------------------
-
-    @property
-    def gone(self) -> str | None:
-        """Why the device can no longer be used, None while it can."""
-        return self._gone
-
-    def check_usable(self) -> None:
-        """Raise DeviceGoneError when no command can succeed any more."""
-        if self._pid != os.getpid():
-            raise DeviceGoneError(f"{self.transport.name} was opened before a fork; open a device in the child")
-        if self._gone is not None or self._closed:
-            raise DeviceGoneError(self._gone or f"{self.transport.name} is closed")
-
-    def _check_may_wait(self) -> None:
-        self.check_usable()
-        if self.service.is_current:
-            raise LocalProtocolError(
-                f"{self.transport.name}: a callback of the driver's service thread may not wait for the device, whose "
-                "answers that thread takes: do it in another thread"
-            )
+    def _forget_sleepers(self) -> list[int]:
+        left = []
+        for held in self._held.values():
+            binding, held.binding = held.binding, None
+            if binding is not None and binding.vector < 0:
+                left.append(binding.fd)
+        self._held.clear()
+        self._by_offset.clear()
+        return left
 
     @contextmanager
     def _exclusive(self, token: Token) -> Iterator[None]:
@@ -606,72 +400,3 @@ class Device:
         with self._lock:
             if not region.closed and not self._closed and region._held.binding is not None:
                 raise_eventfd(region._held.binding.fd)
-
-    def ring_slot(self, slot: int) -> None:
-        """Ring a notify slot through the notify area (virtio-ism proposal, notify).
-
-        Raises: DeviceGoneError, TransportError, RemoteProtocolError (the device has no such slot).
-        """
-        self.check_usable()
-        area = self._caps.doorbells
-        at = slot * self._notify_size
-        width = 4 if self._notify_size >= 4 and (area.offset + at) % 4 == 0 else 1
-        if at + width > area.length:
-            raise RemoteProtocolError(f"{self.transport.name}: notify slot {slot} lies outside the notify area")
-        self.transport.bar_write(area.bar, area.offset + at, (1).to_bytes(width, "little"), posted=True)
-
-    # -- the end ------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Reset the device, which lets every region go, and close the transport. Idempotent.
-
-        Commands that other threads wait for raise DeviceGoneError. Nobody may ring a region, or wait on its
-        descriptor, any more; memory stays readable through views.
-        Raises: LocalProtocolError from a callback of the driver.
-        """
-        if self._pid != os.getpid():
-            self._closed = True
-            return
-        if self.service.is_current and not self._closed:
-            raise LocalProtocolError(f"{self.transport.name} cannot be closed from a callback of its own thread")
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self.control.fail(self._gone or f"{self.transport.name} is closed")
-        try:
-            self._pci.reset()
-        except IsmError as exc:
-            log.debug("%s: no clean reset at close: %s", self.transport.name, exc)
-        self._release_everything()
-
-    def _release_everything(self) -> None:
-        """Free what there is, in an order in which nothing uses what is freed; a step that fails stops no other."""
-        steps: list[Callable[[], None]] = [self.service.close]
-        for name in ("control", "_events", "_vectors"):
-            owner = getattr(self, name, None)  # initialisation may have ended before it was made
-            if owner is not None:
-                steps.append(owner.close)
-        for step in (*steps, self._close_descriptors, self.transport.close):
-            try:
-                step()
-            except (IsmError, OSError) as exc:
-                log.debug("%s: while closing: %s", self.transport.name, exc)
-
-    def _close_descriptors(self) -> None:
-        with self._lock:
-            for held in self._held.values():
-                binding, held.binding = held.binding, None
-                if binding is not None and binding.vector < 0:
-                    self._queue_fds.append(binding.fd)
-            self._held.clear()
-            self._by_offset.clear()
-            fds, self._queue_fds = self._queue_fds, []
-        for fd in fds:
-            os.close(fd)
-
-    def __enter__(self) -> Device:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

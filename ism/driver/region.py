@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ism.driver.eventfd import raise_eventfd
 from ism.driver.events import Event
 from ism.driver.vectors import Binding
 from ism.errors import StaleRegionError
+from ism.eventfd import raise_eventfd
 from ism.ids import DevId, Token
 from ism.virtio.ism_spec import Permission
 

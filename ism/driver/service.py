@@ -24,8 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ism.driver.eventfd import DESCRIPTOR_ADVICE, drain, make_eventfd, raise_eventfd
 from ism.errors import DeviceGoneError, TransportError
+from ism.eventfd import DESCRIPTOR_ADVICE, drain, make_eventfd, raise_eventfd
 
 _AWAKE_S = 0.0003
 """How long a thread that waits for an answer polls before it sleeps: about the time of a command."""

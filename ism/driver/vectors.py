@@ -15,9 +15,9 @@ import os
 import threading
 from dataclasses import dataclass
 
-from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
 from ism.driver.transport import Transport, Watcher
 from ism.errors import DeviceGoneError, TransportError
+from ism.eventfd import drain, make_eventfd, raise_eventfd
 
 __all__ = ["Binding", "Vectors", "drain", "make_eventfd"]
 

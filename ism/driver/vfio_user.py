@@ -17,10 +17,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-from ism.driver.eventfd import DESCRIPTOR_ADVICE
 from ism.driver.transport import DmaBuffer, Span, Watcher
 from ism.driver.window import ChunkWindow, DoorbellTable
 from ism.errors import DeviceGoneError, IsmError, RemoteProtocolError, TransportError
+from ism.eventfd import DESCRIPTOR_ADVICE
 from ism.memory import PAGE_SIZE, Mapping, create_memfd
 from ism.vfio_user.client import Client
 from ism.vfio_user.errors import VfioUserError, VfioUserTimeoutError

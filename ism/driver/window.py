@@ -19,9 +19,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ism.driver.eventfd import make_eventfd
 from ism.driver.transport import Span
 from ism.errors import TransportError
+from ism.eventfd import make_eventfd
 from ism.memory import PAGE_SIZE, Mapping
 
 

@@ -13,7 +13,7 @@ import errno
 import os
 from collections.abc import Sequence
 
-from ism.driver.eventfd import raise_eventfd
+from ism.eventfd import raise_eventfd
 from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
 

@@ -30,9 +30,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
 from ism.driver import Region
-from ism.driver.eventfd import drain
 from ism.driver.events import Event
 from ism.errors import IsmError, LocalProtocolError, ProtocolError, RemoteProtocolError
+from ism.eventfd import drain
 from ism.memory import PAGE_SIZE, Mapping
 from ism.shm import HEADER_BYTES, Endpoint, RxState
 from ism.shm.header import FLAGS

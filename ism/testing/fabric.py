@@ -26,10 +26,10 @@ from ism.device.contract import (
     WiringChanged,
 )
 from ism.device.function import IsmFunction, Work
-from ism.driver.eventfd import raise_eventfd
 from ism.driver.transport import DmaBuffer, Span, Watcher
 from ism.driver.window import ChunkWindow
 from ism.errors import DeviceGoneError
+from ism.eventfd import raise_eventfd
 from ism.ids import DevId, Gid
 from ism.manager.quota import Quota
 from ism.manager.registry import DomainRegistry

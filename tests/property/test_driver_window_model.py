@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ism.driver.eventfd import drain, raise_eventfd
 from ism.driver.transport import Span
 from ism.driver.window import ChunkWindow, DoorbellTable
 from ism.errors import TransportError
+from ism.eventfd import drain, raise_eventfd
 from ism.memory import PAGE_SIZE, create_memfd
 
 CHUNKS = 16

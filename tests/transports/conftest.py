@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transport_rig import InMemoryRig, ManagerProcess, Rig, Shape, VfioUserRig, open_descriptors
 
-from ism.driver.eventfd import raise_eventfd
+from ism.eventfd import raise_eventfd
 
 
 @pytest.fixture(autouse=True)

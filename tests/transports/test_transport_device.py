@@ -10,7 +10,6 @@ import pytest
 from transport_rig import CHUNK, PATIENCE_S, READ_WRITE, SHARED, InMemoryRig, Rig, Shape, readable, together
 
 from ism.driver import Device, Region
-from ism.driver.eventfd import drain
 from ism.driver.events import Event
 from ism.errors import (
     DeviceError,
@@ -22,6 +21,7 @@ from ism.errors import (
     RemoteProtocolError,
     StaleRegionError,
 )
+from ism.eventfd import drain
 from ism.ids import DevId, Token
 from ism.manager.quota import Quota
 from ism.virtio.ism_spec import EventType, IsmFeature, Permission

@@ -26,11 +26,11 @@ from transport_rig import (
 )
 
 from ism.driver import Device, open_device
-from ism.driver.eventfd import drain
 from ism.driver.events import Event
 from ism.driver.service import Service
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import DeviceGoneError, TransportError
+from ism.eventfd import drain
 from ism.ids import Token
 from ism.virtio.ism_spec import EventType
 

@@ -262,7 +262,7 @@ def test_a_device_that_is_lost_while_it_is_opened_is_an_error(bent: Bent) -> Non
 FEW_DESCRIPTORS = """
     import gc, os, resource, signal, sys
     from ism.driver import open_device
-    from ism.driver.eventfd import raise_eventfd
+    from ism.eventfd import raise_eventfd
     from ism.errors import IsmError
 
     signal.alarm(120)

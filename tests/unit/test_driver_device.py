@@ -15,10 +15,10 @@ import pytest
 
 from ism.driver import Device, Region
 from ism.driver.control import Command, Placement
-from ism.driver.eventfd import drain, raise_eventfd
 from ism.driver.transport import Span
 from ism.driver.virtio_pci import VirtioPci
 from ism.errors import DeviceGoneError, QuotaError, RemoteProtocolError, StaleRegionError, TransportError
+from ism.eventfd import drain, raise_eventfd
 from ism.ids import Token
 from ism.manager.quota import Quota
 from ism.testing import Fabric, InMemoryTransport

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ism.driver.eventfd import drain, make_eventfd, raise_eventfd
 from ism.driver.service import Service
 from ism.errors import DeviceGoneError, TransportError
+from ism.eventfd import drain, make_eventfd, raise_eventfd
 
 PATIENCE_S = 30.0
 

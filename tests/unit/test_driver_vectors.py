@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from ism.driver.eventfd import drain, raise_eventfd
 from ism.driver.vectors import Binding, Vectors
 from ism.errors import DeviceGoneError, TransportError
+from ism.eventfd import drain, raise_eventfd
 
 
 class Host:

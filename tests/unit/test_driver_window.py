@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from ism.driver.eventfd import drain, raise_eventfd
 from ism.driver.transport import Span
 from ism.driver.window import ChunkWindow, DoorbellTable
 from ism.errors import TransportError
+from ism.eventfd import drain, raise_eventfd
 from ism.memory import PAGE_SIZE, create_memfd, reopen_readonly
 
 PAGE = PAGE_SIZE

@@ -21,10 +21,10 @@ import pytest
 import trio
 
 from ism.driver.device import Device
-from ism.driver.eventfd import raise_eventfd
 from ism.driver.region import Region
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import DeviceError, DeviceGoneError, PermissionDeniedError, QuotaError, TransportError
+from ism.eventfd import raise_eventfd
 from ism.manager.config import parse_config
 from ism.manager.control import request
 from ism.manager.server import Manager, run_manager

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ism.driver import eventfd
-from ism.driver.eventfd import Raiser, drain, make_eventfd, raise_eventfd
+from ism import eventfd
 from ism.errors import TransportError
+from ism.eventfd import Raiser, drain, make_eventfd, raise_eventfd
 
 FULL = (1 << 64) - 2
 
