@@ -8,15 +8,10 @@ through what the two share.
 from __future__ import annotations
 
 import struct
-import sys
-from pathlib import Path
-
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from device_rig import CHUNK, RAM_BASE, RAM_SIZE, Driver, Host, Ring
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ism.device.contract import Interrupt, MapChunks, PostEvent, SealWrites, UnmapChunks, WiringChanged
 from ism.device.function import COUNTERS, Request, Work
