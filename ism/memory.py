@@ -37,6 +37,8 @@ MAP_NORESERVE = 0x4000
 _MREMAP_MAYMOVE_FIXED = 1 | 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MFD_NOEXEC_SEAL = 0x8
+F_SEAL_FUTURE_WRITE = 0x10
+"""Linux 5.1; Python's fcntl does not name it yet."""
 
 
 def _map(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
@@ -151,6 +153,11 @@ def create_memfd(name: str, size: int) -> int:
 def reopen_readonly(fd: int) -> int:
     """Open the same file again with O_RDONLY: a descriptor that can never be mapped writable. Raises OSError."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def seal_writers(fd: int) -> None:
+    """Allow no new writable mapping or write of a memory file; writable mappings that exist stay. Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
 
 
 def memfd_seals(fd: int) -> int:

@@ -32,7 +32,7 @@ MAX_FILES = 64
 MAX_MAPS = 65535
 _TMPFS_MAGIC = 0x01021994
 _libc = ctypes.CDLL(None, use_errno=True)
-_WRITE_SEALS = fcntl.F_SEAL_WRITE | 0x10  # and F_SEAL_FUTURE_WRITE
+_WRITE_SEALS = fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE
 
 
 def _filesystem_of(fd: int) -> int:

@@ -9,7 +9,6 @@ read-only descriptor goes out (fcntl(2)).
 
 from __future__ import annotations
 
-import fcntl
 import weakref
 from typing import Literal
 
@@ -18,10 +17,9 @@ import trio
 from ism.device.contract import Memory
 from ism.ids import DevId
 from ism.manager.registry import DomainRegistry
-from ism.memory import Mapping
+from ism.memory import Mapping, seal_writers
 from ism.virtio.ism_spec import Permission
 
-F_SEAL_FUTURE_WRITE = 0x10
 _WORDS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -66,7 +64,7 @@ class Memories:
             if memory in self._writers:
                 return False
             self.view(memory)
-            fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+            seal_writers(memory.fd)
             self._to_seal.discard(memory)
         return True
 

@@ -8,7 +8,6 @@ through the registry, as they do when a region has more than two holders. What a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections import deque
@@ -33,10 +32,9 @@ from ism.eventfd import raise_eventfd
 from ism.ids import DevId, Gid
 from ism.manager.quota import Quota
 from ism.manager.registry import DomainRegistry
-from ism.memory import PAGE_SIZE, Mapping
+from ism.memory import PAGE_SIZE, Mapping, seal_writers
 from ism.virtio.ism_spec import DEFAULT_CHUNK_SIZE, IsmFeature, Permission
 
-F_SEAL_FUTURE_WRITE = 0x10
 DEFAULT_QUOTA = Quota(bytes=1 << 30, regions=1024, attachments=1024)
 
 
@@ -139,7 +137,7 @@ class Fabric:
                 if (port := self._ports.get(effect.devid)) is not None:
                     port.window.unmap(effect.offset, effect.length)
             case SealWrites():
-                fcntl.fcntl(effect.memory.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+                seal_writers(effect.memory.fd)
             case Interrupt():
                 if (port := self._ports.get(effect.devid)) is not None:
                     port.interrupt(effect.vector)
