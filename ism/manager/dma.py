@@ -21,7 +21,7 @@ import os
 from collections import OrderedDict
 
 from ism.device.contract import GuestMemoryError
-from ism.memory import PAGE_SIZE, Mapping, memfd_seals
+from ism.memory import F_SEAL_FUTURE_WRITE, PAGE_SIZE, Mapping, memfd_seals
 from ism.vfio_user.dma import DmaTable
 from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
