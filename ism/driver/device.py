@@ -136,6 +136,12 @@ class Device(Function):
             held = waiting.popleft()
         self._detach(held)
 
+    @property
+    def holds_regions(self) -> bool:
+        """Whether any region that this device attached to, or allocated, is still open here."""
+        with self._lock:
+            return bool(self._held)
+
     def alloc(self, size: int, *, interrupt: bool = True, grants: Grants = ()) -> Region:
         """Make a new region, zero-filled, owned by this device; nobody else may attach until granted.
 

@@ -17,6 +17,7 @@ so here it gets errors and no-ops.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -114,7 +115,8 @@ class Service:
             return
         with self._lock:
             if self._callbacks.pop(fd, None) is not None and not self._closing:
-                self._epoll.unregister(fd)
+                with contextlib.suppress(OSError):  # closed by its owner, who should have removed it first
+                    self._epoll.unregister(fd)
 
     def close(self) -> None:
         """Stop the thread and wait for it, and for whoever serves in its place, unless in a callback. Idempotent."""

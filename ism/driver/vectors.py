@@ -3,10 +3,10 @@
 
 When all but the last are taken, further regions share the last one: the service thread reads its eventfd and passes
 each interrupt on to every region bound to it (virtio-ism: several regions may share a vector, callbacks tolerate
-spurious calls). A vector keeps its eventfd when its region goes, so the next region costs no register access.
+spurious calls).
 
-Any thread. An eventfd is raised only under the lock under which it would be closed: a wake-up that comes late can
-meet another region, never another kind of descriptor.
+A vector that is free again gets a new eventfd with its next region: the old one was given to a peer, who may keep it,
+drain it, and so swallow the wake-ups of whoever came next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Vectors:
         self._transport, self._watcher = transport, watcher
         self._lock = threading.Lock()
         self._next, self._last = first, count - 1
-        self._idle: list[Binding] = []
+        self._idle: list[int] = []
         self._fds: set[int] = set()
         self._shared_fd = -1
         self._sharers: set[int] = set()
@@ -53,9 +53,8 @@ class Vectors:
             if self._closed:
                 raise DeviceGoneError(f"{self._transport.name} is closed")
             if self._idle:
-                binding = self._idle.pop()
-                drain(binding.fd)
-                return binding
+                fd = self._bound_eventfd(self._idle[-1])
+                return Binding(self._idle.pop(), fd, shared=False)
             if self._next > self._last:
                 raise TransportError(f"{self._transport.name} has no interrupt vectors for regions")
             if self._next < self._last:
@@ -90,16 +89,18 @@ class Vectors:
         self._shared_fd = fd
 
     def release(self, binding: Binding) -> None:
-        """Take an interrupt back; the device has unbound it."""
+        """Take an interrupt back; the device has unbound it.
+
+        The vector is used again, its eventfd never: a peer that got it for its doorbell may have kept it.
+        """
         with self._lock:
-            if self._closed:
+            if self._closed or binding.fd not in self._fds:
                 return
             if not binding.shared:
-                self._idle.append(binding)
-            elif binding.fd in self._sharers:
-                self._sharers.discard(binding.fd)
-                self._fds.discard(binding.fd)
-                os.close(binding.fd)
+                self._idle.append(binding.vector)
+            self._sharers.discard(binding.fd)
+            self._fds.discard(binding.fd)
+            os.close(binding.fd)
 
     def _fan_out(self) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from ism.shm.header import CONSUMER as CONSUMER_AT
 from ism.shm.header import FLAGS, HELLO, KERNEL_ID, KNOWN_FLAGS, PRODUCER, RING_BYTES
 from ism.shm.jit import helper
 from ism.shm.state import (
+    ALIVE,
     CONSUMER,
     FAILED_BUSY,
     FAILED_LIE,
@@ -58,7 +59,7 @@ def entry_error(state: Any, busy_word: int) -> int:
 @helper
 def lie(state: Any, field: int, observed: int, lowest: int, highest: int) -> int:
     """Record what the peer wrote into the header word at offset `field`, poison the endpoint."""
-    if get(state, FATE) != POISONED:
+    if get(state, FATE) == ALIVE:  # what a closed endpoint reads is nobody's lie
         put(state, LIE_FIELD, field)
         put(state, LIE_OBSERVED, observed)
         put(state, LIE_LOWEST, lowest)

@@ -97,8 +97,8 @@ class Connection:
     def __init__(self, tcp: HasFileno, rx: Region, tx: Region | Nowhere, peer: PeerAnswer) -> None:
         """Take over both regions; the TCP socket stays the caller's, who closes it after `close`.
 
-        Args: `tx`: `Nowhere` when the peer has sent, and closed or died, before this side came to attach its region:
-            what it sent is received as ever, and then its end.
+        Args: `tx`: `Nowhere` when the region that the peer named does not exist (any more), as when it sent, and closed
+            or died, before this side came to attach it: what it sent is received as ever, and then its end.
         Raises: ValueError (a region too small for a ring), StaleRegionError; then the regions stay the caller's.
         """
         self.peer, self.rx, self.tx = peer, rx, tx
@@ -114,6 +114,7 @@ class Connection:
         self.fd = rx.fileno()
         self._doorbell = _Doorbell(tx)
         self._device_lost = False
+        self._local_wake: Callable[[], None] | None = None
         self.endpoint = Endpoint(rx, tx, doorbell=self._doorbell)
         self._flags_word = rx.view[FLAGS : FLAGS + 4].cast("I")
         self._flags_seen = 0
@@ -150,6 +151,19 @@ class Connection:
     def _note_gone(self) -> None:
         self._peer_gone = True
         self.rx.wake()
+        wake = self._local_wake
+        if wake is not None:
+            wake()
+
+    def on_peer_gone(self, wake: Callable[[], None]) -> None:
+        """Call `wake` from the driver's thread when the peer is gone.
+
+        `fileno()` becomes readable too, but the peer has a copy of that eventfd: a hostile one can empty it at once,
+        and pass it on before it dies. Who must not sleep through the end is woken this way.
+        """
+        self._local_wake = wake
+        if self._peer_gone:
+            wake()
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -248,14 +262,15 @@ class Connection:
                         raise os_error(Outcome.EBADF)
                     return data
                 self._look()
+                outcome = self._receive_outcome  # before the ring: a sender's thread may learn of the end meanwhile
                 if self.endpoint.rx_state() != RxState.DATA:
                     break
         except ProtocolError as exc:
             self._refuse(exc)
-        if self._receive_outcome is Outcome.GOES:
+        if outcome is Outcome.GOES:
             return None
-        if self._receive_outcome is not Outcome.EOF:
-            self._raise(self._receive_outcome)
+        if outcome is not Outcome.EOF:
+            self._raise(outcome)
         return b""
 
     def shutdown_write(self) -> None:
@@ -323,8 +338,10 @@ class Connection:
             if not abort and self._started:
                 try:
                     abort = self.endpoint.readable_bytes() > 0
-                except IsmError:
+                except RemoteProtocolError:
                     abort = True
+                except LocalProtocolError:
+                    pass  # a receive is under way in another thread: what there is, is its
             self._publish(self._take(self._states.close(abort=abort)))
             with self._end_lock:
                 self._closed = True
@@ -334,6 +351,7 @@ class Connection:
         if self._started:
             self.rx.on_event(None)
         self._flags_word = memoryview(bytes(4)).cast("I")
+        self._local_wake = None
         self.endpoint.close()
         self.tx.close()
         self.rx.close()

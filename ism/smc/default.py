@@ -13,13 +13,20 @@ from ism.shm import compile_kernels
 
 _lock = threading.Lock()
 _device: Device | None = None
+_retired: list[Device] = []
 
 
 def open_default() -> Device:
     """Return the process's device, opened if need be. Blocks. Raises TransportError, FeatureMismatchError."""
     global _device  # noqa: PLW0603 (one device a process)
     with _lock:
-        if _device is None or _device.gone is not None:
+        if _device is not None and _device.gone is not None:
+            _retired.append(_device)  # its connections may live on, and with them what it has mapped
+            _device = None
+        for old in [device for device in _retired if not device.holds_regions]:
+            _retired.remove(old)
+            old.close()
+        if _device is None:
             compile_kernels()  # at the first connection, not in the middle of it
             _device = open_device()
         return _device
@@ -45,6 +52,7 @@ def close_default() -> None:
 def _after_fork() -> None:
     global _device, _lock
     _device, _lock = None, threading.Lock()
+    _retired.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -58,6 +58,10 @@ DEFAULT_BUFFER = 1024 * 1024
 SMALLEST_BUFFER = 16 * 1024
 """Less cannot be announced (CLC size code 0)."""
 
+_THREADS = 32
+"""Handshakes that ask the device at once; a device that does not answer keeps only these threads, not the program's."""
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("ism.smc handshake threads")
+
 _PEER_RIGHTS = Permission.READ | Permission.WRITE | Permission.ATTACH
 _READ_WRITE = Permission.READ | Permission.WRITE
 _T = TypeVar("_T")
@@ -105,7 +109,13 @@ def attach(device: Device, answer: PeerAnswer) -> Region:
 
 
 async def _in_thread(function: Callable[..., _T], *args: object) -> _T:
-    return await trio.to_thread.run_sync(functools.partial(function, *args))
+    """Ask the device in a thread. Not to be abandoned: what it gains must not be lost; so cancellation waits for it."""
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_THREADS)
+        _limiter.set(limiter)
+    return await trio.to_thread.run_sync(functools.partial(function, *args), limiter=limiter)
 
 
 class _End(ABC, Generic[_M]):
@@ -202,10 +212,10 @@ class _End(ABC, Generic[_M]):
         """Await a step with the device; when it fails, DECLINE with the code that says why."""
         try:
             return await step
-        except RemoteProtocolError as exc:
-            raise await self._declined(Diagnosis.INTERR, exc) from exc
-        except (DeviceError, TransportError, OSError) as exc:
+        except (DeviceError, OSError) as exc:
             raise await self._declined(Diagnosis.MEM, exc) from exc
+        except (RemoteProtocolError, TransportError) as exc:
+            raise await self._declined(Diagnosis.INTERR, exc) from exc
 
 
 class Client(_End[ClientHandshake]):
@@ -263,7 +273,7 @@ class Server(_End[ServerHandshake]):
         except DeviceError as exc:
             if exc.ack != Ack.ENOENT:
                 raise
-            # the client has closed, or died, since: what it sent is in this side's region all the same
+            # the client has closed, or died, since (or it lies, and gets an end): what it sent is here all the same
             self._connection = Connection(self._sock, self._rx, Nowhere(), self._answer)
         else:
             self._connection = Connection(self._sock, self._rx, self._tx, self._answer)

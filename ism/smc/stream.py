@@ -17,6 +17,7 @@ import operator
 import os
 import sys
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -49,12 +50,35 @@ class _Sleeper:
             return
         self._waiting = True
         try:
-            await trio.lowlevel.wait_readable(connection.fd)
+            try:
+                await trio.lowlevel.wait_readable(connection.fd)
+            except trio.ClosedResourceError:
+                if connection.closed:
+                    raise
+                return  # a `_Waker` it was: the peer is gone
             if not connection.closed:
                 connection.drain()
         finally:
             self._waiting = False
             self._lot.unpark_all()
+
+
+class _Waker:
+    """Wakes the task that sleeps on a connection's descriptor, from any thread, whatever state the descriptor is in."""
+
+    __slots__ = ("_connection", "_token")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._token = weakref.ref(connection), trio.lowlevel.current_trio_token()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._wake)
+
+    def _wake(self) -> None:
+        connection = self._connection()
+        if connection is not None and not connection.closed:  # else the number may be somebody else's by now
+            trio.lowlevel.notify_closing(connection.fd)
 
 
 class SmcStream(trio.abc.HalfCloseableStream):
@@ -122,6 +146,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
             self._handshake = end(self.socket, device, self._buffer_size)
         connection = await self._handshake.run()
         self._handshake = None
+        connection.on_peer_gone(_Waker(connection))
         return connection
 
     def _check_usable(self) -> None:
@@ -175,11 +200,9 @@ class SmcStream(trio.abc.HalfCloseableStream):
         while sent < len(view):
             taken = connection.send(view[sent:])
             sent += taken
-            if not taken:
-                await self._wait_writable(connection)
-            elif time.perf_counter() < turn_ends_s:
-                continue
-            else:
+            if taken or not await self._wait_writable(connection):
+                if time.perf_counter() < turn_ends_s:
+                    continue
                 await trio.lowlevel.checkpoint()
             turn_ends_s = time.perf_counter() + _LONGEST_TURN_S
 
@@ -192,12 +215,15 @@ class SmcStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError("the peer closed the connection before the handshake")
         return connection
 
-    async def _wait_writable(self, connection: Connection) -> None:
-        if connection.must_wait_to_write():
-            try:
-                await self._sleeper.sleep(connection)
-            finally:
-                connection.awake(writer=True)
+    async def _wait_writable(self, connection: Connection) -> bool:
+        """Sleep for room, unless there is some by now; returns whether it slept."""
+        if not connection.must_wait_to_write():
+            return False
+        try:
+            await self._sleeper.sleep(connection)
+        finally:
+            connection.awake(writer=True)
+        return True
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until some bytes could be sent at once, or the stream is broken or closed by the peer.

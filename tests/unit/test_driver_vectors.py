@@ -164,3 +164,20 @@ def test_threads_get_and_give_back_interrupts_at_once(vectors: Vectors) -> None:
     for thread in threads:
         thread.join(30)
     assert errors == []
+
+
+def test_who_kept_an_earlier_regions_eventfd_cannot_swallow_a_later_regions_wake_ups(
+    host: Host, vectors: Vectors
+) -> None:
+    first = vectors.acquire()
+    kept = os.dup(first.fd)  # what a peer gets for its doorbell, and may keep for ever
+    try:
+        vectors.release(first)
+        second = vectors.acquire()
+        assert second.vector == first.vector
+        host.interrupt(second.vector)
+        assert not drain(kept)
+        assert drain(second.fd)
+        vectors.release(second)
+    finally:
+        os.close(kept)

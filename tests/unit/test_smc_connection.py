@@ -452,3 +452,91 @@ def test_a_program_that_exits_without_closing_exits_quietly() -> None:
         [sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# A peer that empties the eventfd it was given, threads, and sockets closed underneath ---------------------------
+
+
+@bounded
+async def test_a_reader_learns_of_the_end_though_its_eventfd_is_emptied_at_once(
+    rig: SmcRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = await rig.pair()
+    monkeypatch.setattr(connection_of(server).rx, "wake", lambda: None)  # as if emptied the moment it was raised
+    async with server, trio.open_nursery() as nursery:
+
+        async def expect_the_reset() -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                await server.receive_some()
+
+        nursery.start_soon(expect_the_reset)
+        await trio.testing.wait_all_tasks_blocked()
+        client.socket.shutdown(trio.socket.SHUT_RDWR)  # what the kernel does for a process that is killed
+    await client.aclose()
+
+
+@bounded
+async def test_a_waker_that_comes_late_disturbs_nobody_who_has_the_descriptor_by_then(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    wake = connection_of(server)._local_wake
+    assert wake is not None
+    number = connection_of(server).fd
+    await server.aclose()
+    await client.aclose()
+    await until(lambda: not os.path.exists(f"/proc/self/fd/{number}"))
+    reader = os.eventfd(0)
+    try:
+        os.dup2(reader, number)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.lowlevel.wait_readable, number)
+            await trio.testing.wait_all_tasks_blocked()
+            wake()
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    finally:
+        os.close(reader)
+        os.close(number)
+
+
+class EndsWhileAsked:
+    """An endpoint during whose look at the ring the peer sends and closes, and another thread learns of the end."""
+
+    def __init__(self, connection: Connection, meanwhile: Callable[[], None]) -> None:
+        self._endpoint, self._connection, self._meanwhile = connection.endpoint, connection, meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._endpoint, name)
+
+    def rx_state(self) -> Any:
+        state = self._endpoint.rx_state()
+        self._meanwhile()
+        self._connection._look()
+        return state
+
+
+@bounded
+async def test_an_end_that_another_thread_learns_of_does_not_hide_the_last_bytes(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    ours, theirs = connection_of(server), connection_of(client)
+
+    def last_words() -> None:
+        if not theirs.closed:
+            theirs.send(b"last words")
+            theirs.close()
+
+    monitored = EndsWhileAsked(ours, last_words)
+    ours.endpoint, real = monitored, ours.endpoint  # type: ignore[assignment]
+    assert ours.recv(100) is None
+    ours.endpoint = real
+    assert ours.recv(100) == b"last words"
+    assert ours.recv(100) == b""
+    await server.aclose()
+    await client.aclose()
+
+
+@bounded
+async def test_closing_a_stream_whose_tcp_socket_was_closed_before_releases_everything(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    client.socket.close()
+    await client.aclose()
+    await server.aclose()

@@ -198,3 +198,30 @@ async def test_a_default_device_that_is_gone_is_replaced(opened: list[Device]) -
     default.close_default()
     assert await default.default_device() is not second
     assert len(opened) == 3
+
+
+def test_a_default_device_that_was_lost_is_closed_once_nothing_holds_its_regions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fabric, opened = Fabric(), []
+
+    def open_another() -> Device:
+        transport = fabric.plug()
+        opened.append((transport, Device(transport)))
+        return opened[-1][1]
+
+    monkeypatch.setattr(default, "open_device", open_another)
+    monkeypatch.setattr(default, "_device", None)
+    first = default.open_default()
+    region = first.alloc(65536)
+    opened[0][0].lose("the manager is gone")
+    second = default.open_default()
+    assert second is not first
+    threads = threading.active_count()
+    opened[1][0].lose("the manager is gone again")
+    region.close()
+    third = default.open_default()
+    assert threading.active_count() == threads - 1  # two retired, one begun
+    default.close_default()
+    assert third.transport is opened[2][0]
+    assert not default._retired
