@@ -25,6 +25,7 @@ GIB = 1 << 30
 U64_MAX = (1 << 64) - 1
 MIN_VECTORS, MAX_VECTORS = 3, 2048
 MAX_CHUNKS = 1 << 24
+MAX_CHUNK_SIZE = GIB
 SOCKET_PATH_MAX = 107
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_NAME = "default"
@@ -171,7 +172,9 @@ class _Parser:
         domain = DomainConfig(
             name=self._name(table),
             gid=table.integer("gid", 0, low=1, high=U64_MAX),
-            chunk_size=table.size("chunk_size", DEFAULT_CHUNK_SIZE, low=MIN_CHUNK_SIZE, power_of_two=True),
+            chunk_size=table.size(
+                "chunk_size", DEFAULT_CHUNK_SIZE, low=MIN_CHUNK_SIZE, high=MAX_CHUNK_SIZE, power_of_two=True
+            ),
             bytes_limit=table.size("bytes", 0),
         )
         table.close()

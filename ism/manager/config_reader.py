@@ -85,7 +85,7 @@ class TableReader:
             self._mistyped(key, "true or false", value)
         return value
 
-    def size(self, key: str, default: int, *, low: int = 0, power_of_two: bool = False) -> int:
+    def size(self, key: str, default: int, *, low: int = 0, high: int = MAX_SIZE, power_of_two: bool = False) -> int:
         """Consume a number of bytes: an integer, or a string such as "64 KiB" or "4G". Raises ConfigError."""
         value = self._take(key, default)
         if isinstance(value, str):
@@ -95,8 +95,8 @@ class TableReader:
             value = int(match[1]) << _SHIFT[(match[2] or "").upper()]
         if not isinstance(value, int) or isinstance(value, bool):
             self._mistyped(key, 'bytes, or a string such as "64 KiB"', value)
-        if not low <= value <= MAX_SIZE:
-            self.fail(key, f"expected {low} to {MAX_SIZE} bytes, not {brief(value)}")
+        if not low <= value <= high:
+            self.fail(key, f"expected {low} to {high} bytes, not {brief(value)}")
         if power_of_two and value & (value - 1):
             self.fail(key, f"{value} is not a power of two")
         return value

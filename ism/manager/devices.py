@@ -56,6 +56,8 @@ from ism.vfio_user.payloads import (
 
 logger = logging.getLogger("ism.manager")
 
+_COMMANDS_PER_TURN: Final = 8
+_EFFECTS_PER_TURN: Final = 256
 VFIO_REGIONS: Final = 9
 VFIO_CONFIG_REGION: Final = 7
 VFIO_BARS: Final = 6
@@ -90,16 +92,19 @@ class DeviceHost:
         window_size: int,
         vectors: int,
         map_timeout_s: float,
+        may_keep: Callable[[int, int], bool],
         gone: Callable[[DeviceHost], None],
     ) -> None:
         """Connect a device that the registry knows to its client.
 
-        Args: `gone`: called last, when the client has gone and everything is released.
+        Args: `may_keep`: whether a descriptor from the client may stay, by its number, and how many it then has here;
+            `gone`: called last, when the client has gone and everything is released.
         Raises: ValueError for a shape no function can be built from.
         """
         self.name, self.devid, self.connection = name, devid, connection
         self.since_s = trio.current_time()
         self._domain, self._gone, self._map_timeout_s = domain, gone, map_timeout_s
+        self._may_keep = may_keep
         registry = domain.registry
         rate = registry.devices[devid].account.quota.commands_per_s
         self.registry = MeteredRegistry(registry, TokenBucket(rate, now_s=self.since_s), trio.current_time)
@@ -109,6 +114,7 @@ class DeviceHost:
             self.registry,
             self.ram,
             window=TrappedWindow(registry, devid, domain.shared.memories),
+            chains_per_call=_COMMANDS_PER_TURN,
         )
         self._vectors = Vectors(vectors)
         self._intx = Intx()
@@ -192,12 +198,15 @@ class DeviceHost:
         if request.index == VFIO_IRQ_INTX:
             self._set_intx(request, fds)
         elif request.index == VFIO_IRQ_MSIX:
+            self._check_may_keep(fds, self._vectors.bound + len(fds))
             self._set_msix(request, fds)
         elif not request.disables:
             raise VfioUserError(errno.EINVAL, f"interrupt type {request.index} does not exist")
 
     async def dma_map(self, request: DmaMap, fd: Fd | None) -> None:
         """Let the device use a part of the client's memory."""
+        if fd is not None:
+            self._check_may_keep([fd], 0)
         self.ram.add(
             request.address,
             request.size,
@@ -219,18 +228,22 @@ class DeviceHost:
         await self._orders.wait_done()
 
     async def closed(self) -> None:
-        """Release everything; the peers are told."""
+        """Release everything; the peers are told, some at a time: others are served in between."""
         self._domain.disconnect(self.devid)
         self._orders.close()
         effects = self.function.reset()
-        for wire in self._wires.values():
-            self._forget(wire)
-        self._wires.clear()
-        self._domain.carry_out(effects)
-        self._vectors.clear()
-        self._intx.set(None)
-        self.ram.clear()
-        self._gone(self)
+        try:
+            for wire in self._wires.values():
+                self._forget(wire)
+            self._wires.clear()
+            self._vectors.clear()
+            self._intx.set(None)
+            self.ram.clear()
+            for start in range(0, len(effects), _EFFECTS_PER_TURN):
+                self._domain.carry_out(effects[start : start + _EFFECTS_PER_TURN])
+                await trio.lowlevel.checkpoint()
+        finally:
+            self._gone(self)
 
     # -- host ------------------------------------------------------------------------------------------------------
 
@@ -311,12 +324,17 @@ class DeviceHost:
         if not self.has_channel:
             return
         if isinstance(effect, MapChunks):
-            self._orders.give(MapOrder(effect, self._domain.shared.memories, refused))
+            narrows = refused == self._lost
+            self._orders.give(MapOrder(effect, self._domain.shared.memories, refused, narrows=narrows))
         else:
             self._orders.give(UnmapOrder(effect, refused))
 
     def _lost(self, error: TransportError) -> None:
         self.connection.drop(f"it does not map what it is told to: {error}")
+
+    def _check_may_keep(self, fds: Sequence[Fd], held: int) -> None:
+        if not all(self._may_keep(fd.fileno(), held) for fd in fds):
+            raise VfioUserError(errno.EMFILE, "the manager keeps no more descriptors for this client")
 
     # -- interrupts ------------------------------------------------------------------------------------------------
 
@@ -362,6 +380,8 @@ class DeviceHost:
         registry = self._domain.registry
         bound = registry.devices[self.devid].by_vector.keys() & set(vectors)
         for vector in bound:
+            if registry.shares_vector(self.devid, vector):
+                continue  # no peer has its eventfd for a doorbell, nor may have
             self._domain.carry_out([WiringChanged(token) for token in registry.tokens_on_vector(self.devid, vector)])
 
     # -- doorbells -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ or hostile delays only itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -25,6 +26,8 @@ from ism.ids import DevId, Token
 from ism.manager.doorbells import FanOut, Wired, Wiring
 from ism.manager.memories import Memories
 from ism.manager.registry import DomainRegistry
+
+logger = logging.getLogger("ism.manager")
 
 
 class Shared:
@@ -83,20 +86,28 @@ class DomainHost:
         if self.silent:
             return
         for effect in effects:
-            if isinstance(effect, WiringChanged):
-                self._wiring.changed(effect.token)
-            elif isinstance(effect, SealWrites):
-                self.shared.memories.require_seal(effect.memory)
-            else:
-                device = self.devices.get(effect.devid)
-                if device is None:
-                    continue
-                if isinstance(effect, Interrupt):
-                    device.interrupt(effect.vector)
-                elif isinstance(effect, PostEvent):
-                    self.carry_out(device.post(effect.payload))
-                else:
-                    device.give(effect)
+            try:
+                self._carry_out_one(effect)
+            except Exception:
+                # one device's trouble is not to keep the rest from what concerns them
+                logger.exception("an effect failed in domain %s: %r", self.name, effect)
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        if isinstance(effect, WiringChanged):
+            self._wiring.changed(effect.token)
+            return
+        if isinstance(effect, SealWrites):
+            self.shared.memories.require_seal(effect.memory)
+            return
+        device = self.devices.get(effect.devid)
+        if device is None:
+            return
+        if isinstance(effect, Interrupt):
+            device.interrupt(effect.vector)
+        elif isinstance(effect, PostEvent):
+            self.carry_out(device.post(effect.payload))
+        else:
+            device.give(effect)
 
     def ring(self, devid: DevId, token: Token) -> None:
         """Tell all other holders, for a device that wrote its fan-out eventfd."""

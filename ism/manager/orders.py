@@ -21,7 +21,7 @@ from typing import Protocol
 import trio
 
 from ism.device.contract import MapChunks, UnmapChunks
-from ism.errors import TransportError
+from ism.errors import LocalProtocolError, TransportError
 from ism.manager.memories import Memories
 from ism.memory import reopen_readonly
 from ism.vfio_user.errors import MapChannelClosedError
@@ -60,10 +60,12 @@ class Order(Protocol):
 class MapOrder:
     """Map chunks with the rights of the effect, after the seal that a read-only mapping needs."""
 
-    __slots__ = ("_effect", "_memories", "_refused", "_writes")
+    __slots__ = ("_effect", "_memories", "_narrows", "_refused", "_writes")
 
-    def __init__(self, effect: MapChunks, memories: Memories, refused: Refused) -> None:
-        self._effect, self._memories, self._refused = effect, memories, refused
+    def __init__(self, effect: MapChunks, memories: Memories, refused: Refused, *, narrows: bool = False) -> None:
+        """Args: `narrows`: it takes rights away from a client that has not asked; should the manager be short of a
+        descriptor then, the client loses its mapping rather than its device."""
+        self._effect, self._memories, self._refused, self._narrows = effect, memories, refused, narrows
         self._writes = bool(effect.rights & Permission.WRITE)
         if self._writes:
             memories.writer_begins(effect.memory)
@@ -79,7 +81,13 @@ class MapOrder:
         if self._writes:
             rights = RIGHT_READ | RIGHT_WRITE
             return channel.map_nowait(effect.offset, effect.length, effect.file_offset, rights, effect.memory.fd)
-        with Fd(reopen_readonly(effect.memory.fd)) as fd:
+        try:
+            number = reopen_readonly(effect.memory.fd)
+        except OSError:
+            if not self._narrows:
+                raise
+            return channel.unmap_nowait(effect.offset, effect.length)
+        with Fd(number) as fd:
             return channel.map_nowait(effect.offset, effect.length, effect.file_offset, RIGHT_READ, fd)
 
     def finish(self, refused: TransportError | None) -> None:
@@ -112,10 +120,11 @@ class UnmapOrder:
 
 
 class _Entry:
-    __slots__ = ("answer", "failure", "order", "sent", "step")
+    __slots__ = ("answer", "failure", "given_s", "order", "sent", "step")
 
     def __init__(self, order: Order | None, step: Callable[[], None] | None) -> None:
         self.order, self.step = order, step
+        self.given_s = trio.current_time()
         self.sent = order is None
         self.answer: PendingAnswer | None = None
         self.failure: TransportError | None = None
@@ -130,6 +139,8 @@ class Orders:
         self._greeted = False
         self._sending = self._advancing = False
         self._not_ready: Order | None = None
+        self._was_not_ready = False
+        self._ready_s = 0.0
         self._closed = False
         self._entries: deque[_Entry] = deque()
         self._unsent: deque[_Entry] = deque()
@@ -252,15 +263,22 @@ class Orders:
             assert self._channel is not None
             try:
                 if not entry.order.ready():
-                    self._not_ready = entry.order
+                    self._not_ready, self._was_not_ready = entry.order, True
                     return
+                if self._was_not_ready:
+                    self._was_not_ready = False
+                    self._ready_s = trio.current_time()  # those behind it have waited for others, not for this client
                 if not self._greeted:
                     self._greeted = True
                     self._channel.hello_nowait(self._page_size, self._window_size)
+                # an order's time runs from when it was given, however many stand before it: others may wait for it
+                self._channel.since_s = max(entry.given_s, self._ready_s)
                 entry.answer = entry.order.send(self._channel)
                 self._unanswered += entry.answer is not None
             except TransportError as error:
                 entry.failure = error
+            except LocalProtocolError as error:
+                entry.failure = TransportError(f"cannot be sent to the client: {error}", errno.EINVAL)
             except OSError as error:
                 entry.failure = TransportError(f"cannot be sent to the client: {error}", error.errno or errno.EIO)
             entry.sent = True

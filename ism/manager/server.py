@@ -42,6 +42,8 @@ from ism.vfio_user.server import Connection, DeviceHandler, HandlerFactory, Limi
 
 logger = logging.getLogger("ism.manager")
 
+CLIENTS_PART = 8
+"""One client may have eventfds for its vectors up to this part of the manager's descriptors."""
 RESERVED_DESCRIPTORS = 64
 ACCEPT_PAUSE_S = 0.1
 FRESH_BIT = 1 << 63
@@ -185,6 +187,7 @@ class Manager:
             window_size=shape.window_size,
             vectors=shape.vectors,
             map_timeout_s=self.config.map_timeout_s,
+            may_keep=self._may_keep,
             gone=closed,
         )
         logger.info("device %s (%#x in %s) serves the client pid %d", name, devid, domain.name, connection.peer.pid)
@@ -220,6 +223,11 @@ class Manager:
             os.close(fd)
             raise OSError(errno.EMFILE, "the manager's last descriptors are kept for what is running")
         return fd
+
+    def _may_keep(self, newest: int, held: int) -> bool:
+        """Tell whether a client's descriptor may stay: no client gets more than its part, none the last ones."""
+        part = self.descriptor_limit // CLIENTS_PART if self.descriptor_limit else held
+        return held <= part and not self.short_of_descriptors(newest)
 
     def short_of_descriptors(self, newest: int) -> bool:
         """Tell whether the descriptor just opened is one of the last: the kernel gives the lowest free number."""

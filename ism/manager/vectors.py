@@ -47,6 +47,11 @@ class Vectors:
         """Whether any vector has an eventfd."""
         return bool(self._fds)
 
+    @property
+    def bound(self) -> int:
+        """How many vectors have an eventfd."""
+        return len(self._fds)
+
     def get(self, vector: int) -> Fd | None:
         """Return the eventfd of a vector: the same object for as long as it is not replaced."""
         return self._fds.get(vector)

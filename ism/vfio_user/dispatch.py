@@ -10,6 +10,7 @@ a stream that cannot be followed ends the connection.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -33,6 +34,8 @@ from ism.vfio_user.wire import Command, FdLike, Message
 
 _READ_REPLY: Final = wire.codec_of(wire.Header, payloads.RegionAccess)
 _COMMANDS_PER_TURN: Final = 32
+_LONGEST_TURN_S: Final = 0.001
+"""One client is served no longer than this, or one command, before the others have their turn."""
 """After so many commands without a wait, other clients get their turn."""
 
 _TAKES_FDS: Final = frozenset({int(Command.DMA_MAP), int(Command.DEVICE_SET_IRQS)})
@@ -94,7 +97,7 @@ class Session:
 
     async def _loop(self) -> None:
         connection = self._connection
-        turn = 0
+        turn, turn_ends_s = 0, time.perf_counter() + _LONGEST_TURN_S
         while True:
             try:
                 message = await connection.next_request()
@@ -105,9 +108,9 @@ class Session:
                 return
             await self._handle(message)
             turn += 1
-            if turn == _COMMANDS_PER_TURN:
-                turn = 0
+            if turn == _COMMANDS_PER_TURN or time.perf_counter() > turn_ends_s:
                 await trio.lowlevel.checkpoint()
+                turn, turn_ends_s = 0, time.perf_counter() + _LONGEST_TURN_S
 
     async def _refuse_stream(self, error: MalformedMessageError) -> None:
         self._stats.malformed += 1

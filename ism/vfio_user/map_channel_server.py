@@ -103,6 +103,8 @@ class MapChannelServer:
         timeout_s: within which every request must be answered, else the channel ends, seconds.
         max_outstanding: requests that may be unanswered at once.
 
+    Attributes: `since_s` (trio time from which the requests made now have `timeout_s`; None: from now on).
+
     Start `run` in a nursery; close the channel, or cancel `run`, to end it. Every verb has a variant that returns
     at once: requests go out, and are done by the client, in the order of the calls.
     """
@@ -113,6 +115,7 @@ class MapChannelServer:
         self._timeout_s, self._max_outstanding = timeout_s, max_outstanding
         self._window: Window | None = None
         self._sequence = 0
+        self.since_s: float | None = None
         self._pending: deque[PendingAnswer] = deque()
         self._unsent: deque[_Unsent] = deque()
         self._failure: MapChannelClosedError | None = None
@@ -207,7 +210,8 @@ class MapChannelServer:
         self._send(packet.numbered(sequence), () if fd is None else (fd,))
         self._sequence = sequence
         self._window = window or self._window
-        pending = PendingAnswer(packet.type, sequence, trio.current_time() + self._timeout_s)
+        since_s = trio.current_time() if self.since_s is None else self.since_s
+        pending = PendingAnswer(packet.type, sequence, since_s + self._timeout_s)
         self._pending.append(pending)
         self._something_pending.set()
         return pending

@@ -20,11 +20,14 @@ from typing import TypeVar
 import pytest
 import trio
 
+from ism.device.contract import AreaOf
 from ism.driver.device import Device
 from ism.driver.region import Region
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import DeviceError, DeviceGoneError, PermissionDeniedError, QuotaError, TransportError
 from ism.eventfd import raise_eventfd
+from ism.ids import WindowOffset
+from ism.manager import orders
 from ism.manager.config import parse_config
 from ism.manager.control import request
 from ism.manager.server import Manager, run_manager
@@ -569,6 +572,55 @@ async def test_no_client_is_accepted_beyond_the_limits_and_the_old_ones_go_on(
         await blocking(lambda: a.alloc(65536))
         assert running.refused == 2
         await close(a)
+
+
+async def test_a_writer_that_maps_slowly_cannot_hold_up_whoever_waits_for_it_beyond_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "MAX_UNANSWERED", 4)
+    async with manager(tmp_path, "[manager]\nmap_timeout_s = 0.3") as running:
+        owner, victim, accomplice = await devices(running, 3)
+        window = running.domains["default"].registry.devices[accomplice.devid].window
+        for chunk in range(1, 256, 2):  # so that a region appears in areas of one chunk, mapped one by one
+            window.take([AreaOf(WindowOffset(chunk * 65536), 65536)])
+        shared = await blocking(lambda: owner.alloc(65536 * 20, grants=[(ATTACH_RW, None)]))
+        theirs = await blocking(lambda: victim.attach(shared.token))
+        handler = accomplice.transport._channel._handler
+        original, asked = handler.map, threading.Event()
+
+        def dawdle(*arguments: object) -> None:
+            asked.set()
+            time.sleep(0.05)  # each answer, and each batch of them, is well in time; all of them are not
+            original(*arguments)
+
+        handler.map = dawdle
+
+        async def attach_slowly() -> None:
+            with pytest.raises((DeviceGoneError, TransportError)):
+                await blocking(lambda: accomplice.attach(shared.token, READ | WRITE))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attach_slowly)
+            await blocking(lambda: asked.wait(TEST_S))
+            await blocking(lambda: shared.grant(READ | Permission.ATTACH, victim.devid))
+            unrelated = await blocking(lambda: victim.alloc(65536))
+        await eventually(lambda: accomplice.gone is not None)
+        assert victim.gone is None
+        unrelated.close()
+        theirs.close()
+        await close(owner, victim, accomplice)
+
+
+async def test_a_client_that_hoards_descriptors_is_refused_and_takes_nothing_from_others(tmp_path: Path) -> None:
+    async with manager(tmp_path) as running:
+        a, b = await devices(running, 2)
+        limit, running.descriptor_limit = running.descriptor_limit, 64
+        with Fd(os.eventfd(0)) as fd, pytest.raises(VfioUserError) as refused:
+            await blocking(lambda: a.transport.set_vectors(3, [fd.fileno()] * 13))
+        assert refused.value.errno == errno.EMFILE
+        running.descriptor_limit = limit
+        await blocking(lambda: b.alloc(65536))
+        await close(a, b)
 
 
 # -- named devices, status
