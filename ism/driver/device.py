@@ -185,7 +185,7 @@ class Device(Function):
         with self._exclusive(token):
             if offered_by is not None and not self._may_offer(token, offered_by):
                 raise RemoteProtocolError(
-                    f"device {offered_by:#x} named region {token:#018x}, which is not its own to share", event="token"
+                    f"device {offered_by:#x} named region {token:#018x}, which serves another connection", event="token"
                 )
             placement = self._with_room(lambda: self.control.attach(token, rights))
             readonly = rights == Permission.READ

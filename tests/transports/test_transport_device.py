@@ -205,17 +205,17 @@ def test_attaching_a_region_of_ones_own_connects_a_device_with_itself(rig: Rig) 
     assert own.view[7] == 7
     far.ring()
     wait_for_doorbell(own)
-    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+    with pytest.raises(RemoteProtocolError, match="serves another connection"):
         device.attach(own.token, READ_WRITE, offered_by=device.devid)
 
 
 def test_a_peer_cannot_offer_a_region_that_serves_somebody_else(rig: Rig) -> None:
     owner, peer = rig.device(), rig.device()
     own = owner.alloc(CHUNK, grants=[(SHARED, None)])
-    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+    with pytest.raises(RemoteProtocolError, match="serves another connection"):
         owner.attach(own.token, offered_by=peer.devid)
     far = peer.attach(own.token, offered_by=owner.devid)
-    with pytest.raises(RemoteProtocolError, match="not its own to share"):
+    with pytest.raises(RemoteProtocolError, match="serves another connection"):
         peer.attach(own.token, offered_by=DevId(99))
     assert far.view[0] == 0
 
