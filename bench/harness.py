@@ -36,6 +36,9 @@ def manager() -> Iterator[Path]:
                 yield directory
             finally:
                 os.environ.pop("ISM_DEVICE", None)
+                default = sys.modules.get("ism.smc.default")
+                if default is not None:
+                    default.close_default()
                 process.terminate()
 
 

@@ -24,4 +24,9 @@ async def main(port: int, messages: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 9000, sys.argv[2:] or ["hello", "shared", "memory"])
+    try:
+        trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 9000, sys.argv[2:] or ["hello", "shared", "memory"])
+    except (OSError, ValueError, trio.BrokenResourceError) as exc:
+        sys.exit(f"echo_client: {exc}")
+    except KeyboardInterrupt:
+        sys.exit(130)

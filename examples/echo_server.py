@@ -31,3 +31,5 @@ if __name__ == "__main__":
         trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 9000)
     except* KeyboardInterrupt:
         pass
+    except* (OSError, ValueError) as group:
+        sys.exit(f"echo_server: {group.exceptions[0]}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def _show(reply: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width: show everything
+    console = Console(highlight=False, width=width)
     sums = reply["totals"]
     console.print(
         f"manager pid {reply['pid']}, version {reply['version']}, up {reply['uptime_s']:.0f} s, {reply['run_dir']}"
@@ -49,8 +51,10 @@ def _show(reply: dict[str, Any]) -> None:
         f"attachments {sums['attachments']}, bytes {sums['bytes']} ({_size(sums['bytes'])})"
     )
     devices = Table(title="devices")
-    for column in ("domain", "name", "devid", "client", "regions", "attachments", "bytes", "of"):
-        devices.add_column(column, justify="right" if column in ("regions", "attachments", "bytes", "of") else "left")
+    for column in ("domain", "name", "devid", "client", "regions", "attachments", "bytes", "quota"):
+        devices.add_column(
+            column, justify="right" if column in ("regions", "attachments", "bytes", "quota") else "left"
+        )
     regions = Table(title="regions")
     for column in ("domain", "token", "owner", "size", "holders", "state"):
         regions.add_column(column, justify="right" if column in ("size", "holders") else "left")

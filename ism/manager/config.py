@@ -268,7 +268,11 @@ class _Parser:
         default = next(iter(domains)) if len(domains) == 1 else DEFAULT_NAME
         name = table.string("domain", default)
         if name not in domains:
-            table.fail("domain", f"there is no domain {brief(name)}; there are: {', '.join(sorted(domains))}")
+            there = ", ".join(sorted(domains))
+            if name == DEFAULT_NAME and not table.has("domain"):
+                off = " (or fresh.enabled = false)" if table.where == "fresh" else ""
+                table.fail("domain", f"several domains are configured, so it must be said which: {there}{off}")
+            table.fail("domain", f"there is no domain {brief(name)}; there are: {there}")
         return domains[name]
 
     @staticmethod

@@ -49,6 +49,10 @@ class TableReader:
         """Raise ConfigError for a key of this table ("" = the table itself)."""
         raise ConfigError(self.file, self._dotted(key), problem)
 
+    def has(self, key: str) -> bool:
+        """Tell whether the file gives the key."""
+        return key in self._table
+
     def string(self, key: str, default: str = _MISSING, *, choices: Sequence[str] = ()) -> str:
         """Consume a string, one of `choices` when given. Raises ConfigError."""
         value = self._take(key, default)
@@ -91,7 +95,10 @@ class TableReader:
         if isinstance(value, str):
             match = _SIZE.fullmatch(value.strip())
             if match is None:
-                self.fail(key, f'expected bytes, or a string such as "64 KiB", "512M" or "4G", not {brief(value)}')
+                self.fail(
+                    key,
+                    f'expected bytes, or a string such as "64 KiB", "512M" or "4G" (of 1024), not {brief(value)}',
+                )
             value = int(match[1]) << _SHIFT[(match[2] or "").upper()]
         if not isinstance(value, int) or isinstance(value, bool):
             self._mistyped(key, 'bytes, or a string such as "64 KiB"', value)

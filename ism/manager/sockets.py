@@ -55,7 +55,7 @@ class RunDirectory:
         if stat.S_IMODE(status.st_mode) & 0o022:
             raise TransportError(
                 f"others may write to the run directory {self.path} (mode {stat.S_IMODE(status.st_mode):o}); "
-                f"run: chmod 0700 {self.path}",
+                "name one that is yours alone (--run-dir; it is made with mode 0700)",
                 errno.EPERM,
             )
         try:
@@ -85,7 +85,9 @@ def listen(config: SocketConfig, file: str) -> UnixListener:
         if config.group:
             gid = int(config.group) if config.group.isdecimal() else grp.getgrnam(config.group).gr_gid
     except (KeyError, ValueError) as error:
-        raise ConfigError(file, f"{config.key}.socket_owner", f"no such user or group: {error}") from error
+        raise ConfigError(
+            file, f"{config.key}.socket_owner", f"no such user or group: {config.user}:{config.group}"
+        ) from error
     listener = UnixListener(config.path, mode=0o600, backlog=BACKLOG)
     try:
         if uid != -1 or gid != -1:

@@ -116,7 +116,7 @@ class Connection:
         if self._over is None:
             self._dropped = True
             if departed:
-                logger.info("vfio-user client pid %d left: %s", self.peer.pid, reason)
+                logger.debug("vfio-user client pid %d left: %s", self.peer.pid, reason)
             else:
                 self.stats.dropped += 1
                 logger.warning("vfio-user client pid %d dropped: %s", self.peer.pid, reason)

@@ -308,7 +308,7 @@ class MapChannelServer:
         if self._failure is None:
             self._failure = MapChannelClosedError(f"the map channel is over: {reason}", number)
             if not quiet:
-                logger.log(logging.INFO if number in GONE else logging.WARNING, "%s", self._failure)
+                logger.log(logging.DEBUG if number in GONE else logging.WARNING, "%s", self._failure)
             trio.lowlevel.notify_closing(self._number)
             self._sock.close()
             while self._unsent:

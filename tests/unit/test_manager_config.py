@@ -151,7 +151,7 @@ def test_fresh_devices_can_be_switched_off() -> None:
         ("[[domain]]\nname='a'\n[[domain]]\nname='a'", "domain[1].name", "the same as domain[0].name"),
         ("[[domain]]\nname='a'\nchunk_size=2048", "domain[0].chunk_size", "expected 4096 to"),
         ("[[domain]]\nname='a'\nchunk_size=12288", "domain[0].chunk_size", "not a power of two"),
-        ("[[domain]]\nname='a'\n[[domain]]\nname='b'", "fresh.domain", "there is no domain 'default'"),
+        ("[[domain]]\nname='a'\n[[domain]]\nname='b'", "fresh.domain", "several domains are configured"),
         ("[manager]\nlog_level='INFO'", "manager.log_level", "did you mean 'info'"),
         ("[manager]\nmax_clients=1.5", "manager.max_clients", "expected an integer, not the float 1.5"),
         ("[manager]\nmap_timeout_s=nan", "manager.map_timeout_s", "expected a number"),

@@ -425,7 +425,7 @@ def test_a_run_directory_that_others_could_change_is_refused(tmp_path: Path) -> 
     loose = tmp_path / "loose"
     loose.mkdir()
     loose.chmod(0o777)
-    with pytest.raises(TransportError, match="chmod 0700"):
+    with pytest.raises(TransportError, match="made with mode 0700"):
         RunDirectory(loose)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
