@@ -8,6 +8,7 @@ call. Absolute figures depend on the machine and on what else runs there; the ra
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,12 +47,14 @@ class Far:
 
 
 @contextmanager
-def far_end() -> Iterator[Far]:
-    """Start the far end and end it afterwards. Raises ChildProcessError."""
+def far_end(cpu: int | None = None) -> Iterator[Far]:
+    """Start the far end, on one processor if that is given, and end it afterwards. Raises ChildProcessError."""
     with subprocess.Popen(
         [sys.executable, "-m", "ism.perf.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
+            if cpu is not None:
+                os.sched_setaffinity(process.pid, {cpu})
             yield Far(process)
         finally:
             assert process.stdin is not None
