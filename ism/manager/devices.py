@@ -118,7 +118,7 @@ class DeviceHost:
         )
         self._vectors = Vectors(vectors)
         self._intx = Intx()
-        self._orders = Orders(window_size, registry.chunk_size)
+        self._orders = Orders(window_size, registry.chunk_size, map_timeout_s)
         self._wires: dict[Token, Wire] = {}
         self._rewiring: set[Token] = set()
         registry.devices[devid].can_reopen = False
@@ -464,6 +464,9 @@ class _WireOrder:
         return True
 
     async def wait_ready(self) -> None:
+        pass
+
+    def wait_no_longer(self) -> None:
         pass
 
     def send(self, channel: MapChannelServer) -> PendingAnswer | None:

@@ -48,6 +48,10 @@ class Order(Protocol):
         """Wait until it may be ready."""
         ...
 
+    def wait_no_longer(self) -> None:
+        """It has waited as long as an order may: be ready, to be sent as far as that is possible."""
+        ...
+
     def send(self, channel: MapChannelServer) -> PendingAnswer | None:
         """Send it; None when there is nothing to send. Raises OSError, TransportError."""
         ...
@@ -60,21 +64,25 @@ class Order(Protocol):
 class MapOrder:
     """Map chunks with the rights of the effect, after the seal that a read-only mapping needs."""
 
-    __slots__ = ("_effect", "_memories", "_narrows", "_refused", "_writes")
+    __slots__ = ("_effect", "_late", "_memories", "_narrows", "_refused", "_writes")
 
     def __init__(self, effect: MapChunks, memories: Memories, refused: Refused, *, narrows: bool = False) -> None:
         """Args: `narrows`: it takes rights away from a client that has not asked; should the manager be short of a
-        descriptor then, the client loses its mapping rather than its device."""
+        descriptor then, or the writers not come to an end, the client loses its mapping rather than its device."""
+        self._late = False
         self._effect, self._memories, self._refused, self._narrows = effect, memories, refused, narrows
         self._writes = bool(effect.rights & Permission.WRITE)
         if self._writes:
             memories.writer_begins(effect.memory)
 
     def ready(self) -> bool:
-        return self._writes or self._memories.may_share_readonly(self._effect.memory)
+        return self._writes or self._late or self._memories.may_share_readonly(self._effect.memory)
 
     async def wait_ready(self) -> None:
         await self._memories.wait_writers_gone(self._effect.memory)
+
+    def wait_no_longer(self) -> None:
+        self._late = True
 
     def send(self, channel: MapChannelServer) -> PendingAnswer:
         effect = self._effect
@@ -82,6 +90,8 @@ class MapOrder:
             rights = RIGHT_READ | RIGHT_WRITE
             return channel.map_nowait(effect.offset, effect.length, effect.file_offset, rights, effect.memory.fd)
         try:
+            if self._late and not self._memories.may_share_readonly(effect.memory):
+                raise OSError(errno.ETIMEDOUT, "a writer of the region does not come to an end")
             number = reopen_readonly(effect.memory.fd)
         except OSError:
             if not self._narrows:
@@ -111,6 +121,9 @@ class UnmapOrder:
     async def wait_ready(self) -> None:
         pass
 
+    def wait_no_longer(self) -> None:
+        pass
+
     def send(self, channel: MapChannelServer) -> PendingAnswer:
         return channel.unmap_nowait(self._effect.offset, self._effect.length)
 
@@ -133,8 +146,10 @@ class _Entry:
 class Orders:
     """The orders of one client. `channel` None: it has no map channel."""
 
-    def __init__(self, window_size: int, page_size: int) -> None:
-        self._window_size, self._page_size = window_size, page_size
+    def __init__(self, window_size: int, page_size: int, wait_s: float) -> None:
+        """Args: `wait_s`: how long an order may wait until it can go out: clients that map one another's regions in
+        turn could otherwise make each other, and whoever shares with them, wait for ever."""
+        self._window_size, self._page_size, self._wait_s = window_size, page_size, wait_s
         self._channel: MapChannelServer | None = None
         self._greeted = False
         self._sending = self._advancing = False
@@ -193,7 +208,11 @@ class Orders:
         while True:
             while self._not_ready is None:
                 await self._idle.park()
-            await self._not_ready.wait_ready()
+            order = self._not_ready
+            with trio.move_on_after(self._wait_s) as waiting:
+                await order.wait_ready()
+            if waiting.cancelled_caught:
+                order.wait_no_longer()
             self._send_ready()
             self._advance()
             await trio.lowlevel.checkpoint()

@@ -611,6 +611,25 @@ async def test_a_writer_that_maps_slowly_cannot_hold_up_whoever_waits_for_it_bey
         await close(owner, victim, accomplice)
 
 
+async def test_two_clients_that_wait_for_each_other_in_a_circle_hold_up_nobody_for_ever(tmp_path: Path) -> None:
+    async with manager(tmp_path, "[manager]\nmap_timeout_s = 0.3") as running:
+        owner, one, other = await devices(running, 3)
+        a, b = [await blocking(lambda: owner.alloc(65536, grants=[(ATTACH_RW, None)])) for _ in range(2)]
+        memories = running.domains["default"].shared.memories
+        regions = running.domains["default"].registry.regions
+        held = regions[a.token].memory  # as if a writer of it stood behind an order that waits in a circle
+        memories.writer_begins(held)
+        with pytest.raises(DeviceError):
+            await blocking(lambda: one.attach(a.token, READ))
+        unrelated = await blocking(lambda: one.attach(b.token))
+        memories.writer_ends(held)
+        readable_now = await blocking(lambda: other.attach(a.token, READ))
+        for region in (unrelated, readable_now):
+            region.close()
+        del held
+        await close(owner, one, other)
+
+
 async def test_a_client_that_hoards_descriptors_is_refused_and_takes_nothing_from_others(tmp_path: Path) -> None:
     async with manager(tmp_path) as running:
         a, b = await devices(running, 2)
