@@ -98,7 +98,7 @@ class Layout:
         return bar.size if bar else 0
 
 
-IMPLEMENTED = frozenset({ism_spec.IsmFeature.EVENT_IRQ, ism_spec.IsmFeature.EVENT_VQ})
+IMPLEMENTED = frozenset({ism_spec.IsmFeature.EVENT_IRQ, ism_spec.IsmFeature.EVENT_VQ, ism_spec.IsmFeature.DIRECTORY})
 """Device feature bits that a `FunctionConfig` may name."""
 
 

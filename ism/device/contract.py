@@ -12,6 +12,10 @@ Three parties, none of which does I/O here:
 Order that the host must keep: the effects of one `Outcome` that name the requesting device are in place before the
 command is completed (a mapping exists before the ack that announces it, and is gone before the ack that ends it).
 Effects on other devices are started in order but not waited for: a victim never waits for its peers.
+
+One command, CLAIM, is decided only when it is completed, and takes effect once its ack is where the driver sees it
+(`Decision.commit`): should the manager die, or the claimer's device break, then either nothing has happened, or the
+claimer knows of it. The event that tells the client comes after it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ism.ids import DevId, Token, WindowOffset
-from ism.virtio.ism_spec import Ack, Permission
+from ism.virtio.ism_spec import (
+    Ack,
+    ClaimRequest,
+    IntendRequest,
+    ListenerRequest,
+    Permission,
+    RetractRequest,
+    StartRequest,
+)
 
 READ_WRITE = Permission.READ | Permission.WRITE
 
@@ -124,6 +136,20 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """What the directory decided about one command.
+
+    `reply` is the data behind the ack. `commit` makes the change, returns effects to be carried out, and is called at
+    once when the ack is written, or never; without it the change is made already. Any ack but OK: nothing changed.
+    """
+
+    ack: Ack
+    reply: bytes = b""
+    effects: Sequence[Effect] = ()
+    commit: Callable[[], Sequence[Effect]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """One device that holds a region: `slot` = index of its first chunk = its notify slot; `vector` None = unbound."""
 
@@ -133,8 +159,55 @@ class Holder:
     vector: int | None
 
 
+class DirectoryService(Protocol):
+    """Who listens where, and which connections are about to be made. Every call is synchronous and takes constant time.
+
+    A device's entries go when the registry resets or removes it.
+    """
+
+    def publish(self, devid: DevId, request: ListenerRequest) -> Decision:
+        """Count one more listener of the device. Acks: ERR (wildcard, port 0, another device's address), ENOMEM."""
+        ...
+
+    def withdraw(self, devid: DevId, request: ListenerRequest) -> Decision:
+        """Undo one `publish`. Ack: ENOENT."""
+        ...
+
+    def lookup(self, devid: DevId, request: ListenerRequest) -> Decision:
+        """Reply how many devices publish the destination (LookupReply). Ack: ENOENT when none does."""
+        ...
+
+    def intend(self, devid: DevId, request: IntendRequest) -> Decision:
+        """Record a connection that the device is about to make; its older intent of the same four-tuple goes anyway.
+
+        Acks: ENOENT (nobody publishes the destination), ERR (nonce or port 0, nonce or four-tuple in use, another
+        device's address), ENOMEM.
+        """
+        ...
+
+    def claim(self, devid: DevId, request: ClaimRequest) -> Decision:
+        """Find the intent of an accepted connection (ClaimReply); `commit` takes it and tells the client (CLAIMED).
+
+        Ack: ENOENT (no such intent, or the device does not publish its destination).
+        """
+        ...
+
+    def retract(self, devid: DevId, request: RetractRequest) -> Decision:
+        """Remove an intent of the device. Ack: ENOENT when it is claimed, or was never made."""
+        ...
+
+    def start(self, devid: DevId, request: StartRequest) -> Decision:
+        """Tell the client of an intent that the device has claimed (START), once. Ack: ENOENT."""
+        ...
+
+
 class Registry(Protocol):
     """The regions of one host, as a device's command handlers see them. Every call is synchronous and bounded."""
+
+    @property
+    def directory(self) -> DirectoryService:
+        """The directory of the same devices."""
+        ...
 
     def alloc(self, devid: DevId, size: int, max_areas: int) -> Outcome:
         """Make a region of `size` bytes rounded up to chunks, owned by and attached to `devid`, mapped read-write.

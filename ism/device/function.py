@@ -14,7 +14,8 @@ A control command takes three steps, since its mappings must exist before it is 
     work = function.bar_write(...)             the driver notified: chains are popped, commands decided
     for request in work.requests:
         carry out request.effects              by the host, as slowly as it must
-        effects = function.complete(request)   the reply is written, the chain handed back; maybe an interrupt
+        effects = function.complete(request)   the reply is written, the chain handed back; maybe an interrupt, and
+                                               what must come after the ack
 """
 
 from __future__ import annotations
@@ -249,21 +250,30 @@ class IsmFunction:
     def complete(self, request: Request) -> list[Effect]:
         """Write the reply of a command whose effects are in place, and hand its chain back.
 
-        Commands may be completed in any order. After a reset, or when the device needs one, nothing is written.
+        Commands may be completed in any order. After a reset, or when the device needs one, nothing is written, and a
+        command that is decided late is never decided.
 
-        Returns: the interrupt, when one is due.
+        Returns: the interrupt, when one is due; then what must come after the ack.
         Raises: LocalProtocolError when the request was completed before.
         """
         self._finish(request)
         if not self._current(request):
             self.stats["abandoned_commands"] += 1
             return []
-        queue = self._queues[QUEUE_CONTROL]
+        queue, reply = self._queues[QUEUE_CONTROL], request._reply
+        if reply.late is not None:
+            reply = reply.late()
+            self._count(reply)
+        effects: list[Effect] = []
+        before = queue.used
         try:
-            due = queue.push(request._chain, request._reply.data)
+            if queue.push(request._chain, reply.data):
+                effects += self._interrupts.raise_for(queue.vector, Isr.QUEUE)
         except RemoteProtocolError as exc:
-            return self._break(str(exc))
-        return list(self._interrupts.raise_for(queue.vector, Isr.QUEUE)) if due else []
+            effects += self._break(str(exc))
+        if reply.commit is not None and queue.used != before:
+            effects += reply.commit()
+        return effects
 
     def give_up(self, request: Request, ack: Ack = Ack.ENOMEM) -> list[Effect]:
         """Answer `ack` to a command whose effects the host could not carry out; it still has to be completed.
@@ -275,7 +285,7 @@ class IsmFunction:
         """
         if request._done:
             raise LocalProtocolError("a control command was given up after it was completed")
-        if request._reply.ack is Ack.OK:
+        if request._reply.late is not None or request._reply.ack is Ack.OK:
             self.stats["refused_commands"] += 1
         gained, request._reply = request._reply.gained, refusal(ack)
         if not gained or request._epoch != self._epoch:
@@ -338,13 +348,18 @@ class IsmFunction:
                 f"at least {ism_spec.CommandHeader.SIZE} and 1 are needed",
                 state=f"queue {queue.index}",
             )
-        reply = self._commands.execute(readable, capacity)
+        directory = self._common.negotiated(IsmFeature.DIRECTORY)
+        reply = self._commands.execute(readable, capacity, directory=directory)
         self.stats["commands"] += 1
         if not reply.known:
             self.stats["unknown_commands"] += 1
+        if reply.late is None:
+            self._count(reply)
+        return Request(reply.effects, chain, reply, self._epoch)
+
+    def _count(self, reply: Reply) -> None:
         if reply.ack is not Ack.OK:
             self.stats["refused_commands"] += 1
-        return Request(reply.effects, chain, reply, self._epoch)
 
     def _finish(self, request: Request) -> None:
         if request._done:

@@ -99,6 +99,11 @@ class DeviceQueue:
                 raise self._error(f"{name} area at {address:#x} does not fit the address space")
         self.enabled = True
 
+    @property
+    def used(self) -> int:
+        """The used index: how many chains went back, modulo 65536."""
+        return self._used_next
+
     def available(self) -> int:
         """Count the chains the driver has made available and the device has not popped.
 
@@ -178,7 +183,7 @@ class DeviceQueue:
 
         Args: `data`: at most `chain.writable_size` bytes.
         Returns: whether the driver wants to be interrupted.
-        Raises: RemoteProtocolError when the buffer or an area is not mapped.
+        Raises: RemoteProtocolError when the buffer or an area is not mapped; `used` tells whether the chain went back.
         Ordering: data and used element are stored before the used index; the used index is stored before the driver's
             flags are loaded, so that a driver which asks for interrupts and then looks at the index misses nothing.
         """
@@ -193,8 +198,9 @@ class DeviceQueue:
             element = UsedElem(id=chain.head, len=len(data)).pack()
             self._memory.write(self.device + USED_RING + UsedElem.SIZE * (self._used_next % self.size), element)
             barrier.full()
-            self._used_next = (self._used_next + 1) & 0xFFFF
-            self._memory.write_u16(self.device + USED_IDX, self._used_next)
+            used_next = (self._used_next + 1) & 0xFFFF
+            self._memory.write_u16(self.device + USED_IDX, used_next)
+            self._used_next = used_next
             barrier.full()
             flags = self._memory.read_u16(self.driver + AVAIL_FLAGS)
         except GuestMemoryError as exc:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -122,6 +123,7 @@ class DeviceHost:
         self._wires: dict[Token, Wire] = {}
         self._rewiring: set[Token] = set()
         registry.devices[devid].can_reopen = False
+        self._namespace = network_namespace(connection.peer.pid)
         domain.connect(devid, self)
 
     @property
@@ -132,7 +134,9 @@ class DeviceHost:
     # -- vfio-user -------------------------------------------------------------------------------------------------
 
     async def version(self, capabilities: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Fd]]:
-        """Give the client a map channel if it asks for one."""
+        """Give the client a map channel if it asks for one; then it is a process, and its own namespace counts."""
+        directory = self._domain.registry.directory
+        directory.set_scope(self.devid, ("device", self.devid))
         try:
             offer = offer_channel(capabilities, timeout_s=self._map_timeout_s)
         except OSError as error:
@@ -141,6 +145,7 @@ class DeviceHost:
             return {}, ()
         added, fds, channel = offer
         self._domain.registry.devices[self.devid].can_reopen = True
+        directory.set_scope(self.devid, ("namespace", self._namespace))
         self._orders.open(channel)
         self.connection.start_soon(self._run_channel, channel)
         self.connection.start_soon(self._run_orders)
@@ -482,3 +487,12 @@ class _WireOrder:
 def _fulfils(wire: Wire, wanted: Wish) -> bool:
     """Tell whether what the client has for the slot is what it should have."""
     return wire.fans_out if wanted.peer_fd is None else wire.fd is wanted.peer_fd
+
+
+def network_namespace(pid: int) -> Hashable:
+    """Say which network namespace a process is in; 0 when that cannot be read."""
+    try:
+        found = os.stat(f"/proc/{pid}/ns/net")
+    except OSError:
+        return 0
+    return found.st_dev, found.st_ino

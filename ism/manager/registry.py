@@ -38,6 +38,7 @@ from ism.device.contract import (
 )
 from ism.device.window import Window
 from ism.ids import DevId, Gid, Token
+from ism.manager.directory import Directory
 from ism.manager.quota import DomainAccount, Quota
 from ism.manager.regions import NOTHING, Attachment, Device, Region
 from ism.memory import create_memfd
@@ -66,7 +67,8 @@ class Piece:
 class DomainRegistry:
     """The regions of one domain. Every call is synchronous and bounded by the holders of the region that it names.
 
-    Attributes: `gid`, `chunk_size`, `account` (bytes of the domain), `devices`, `regions` (both to be read only).
+    Attributes: `gid`, `chunk_size`, `account` (bytes of the domain), `devices`, `regions` (both to be read only);
+    `directory` (who of these devices listens where).
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class DomainRegistry:
         self.gid = gid
         self.chunk_size = chunk_size
         self.account = DomainAccount(bytes_limit)
+        self.directory = Directory()
         self.devices: dict[DevId, Device] = {}
         self.regions: dict[Token, Region] = {}
         self._create_memory = create_memory
@@ -107,11 +110,13 @@ class DomainRegistry:
             raise ValueError(f"devid {devid:#x} is 0 or already in domain {self.gid:#x}")
         device = Device(devid, Window(self.chunk_size, window_size), quota, can_reopen)
         self.devices[devid] = device
+        self.directory.add(devid)
         return device
 
     def remove_device(self, devid: DevId) -> Sequence[Effect]:
         """Release everything the device holds and forget it, with the grants that name it."""
         effects = self.reset(devid)
+        self.directory.remove(devid)
         device = self.devices.pop(devid)
         for region in device.granted_in:
             del region.grants[devid]
@@ -267,6 +272,7 @@ class DomainRegistry:
         effects: list[Effect] = []
         for attachment in list(self.devices[devid].attachments.values()):
             self._release(attachment, effects)
+        self.directory.forget(devid)
         return effects
 
     # -- what the host asks ----------------------------------------------------------------------------------------

@@ -80,16 +80,21 @@ class Fabric:
     def plug(
         self,
         *,
-        features: Iterable[int] = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ),
+        features: Iterable[int] = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, IsmFeature.DIRECTORY),
         vectors: int = 64,
         window_size: int = 1 << 28,
         quota: Quota = DEFAULT_QUOTA,
+        namespace: int = 0,
     ) -> InMemoryTransport:
-        """Make a device and return the transport to it."""
+        """Make a device and return the transport to it.
+
+        Args: `namespace`: what the directory takes for its network namespace; by default all are in one.
+        """
         with self.lock:
             devid = DevId(self._next_devid)
             self._next_devid += 1
             self.registry.add_device(devid, window_size, quota)
+            self.registry.directory.set_scope(devid, namespace)
             config = FunctionConfig(
                 gid=self.registry.gid,
                 devid=devid,

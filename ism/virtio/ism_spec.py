@@ -39,6 +39,7 @@ class IsmFeature(IntEnum):
     EVENT_VQ = 1
     """Queue 1 carries events."""
     DIRECTORY = 16
+    """The device knows who listens where: class DIRECTORY, events CLAIMED and START."""
     RECLAIM = 17
 
 
@@ -59,13 +60,27 @@ class CommandClass(IntEnum):
     DETACH = 2
     GRANT = 3
     EVENT_VECTOR = 4
+    DIRECTORY = 0x80
+    """This project's: with feature DIRECTORY only."""
 
 
 class GrantCommand(IntEnum):
-    """Second byte, class GRANT. All other classes have command 0 only."""
+    """Second byte, class GRANT. Classes other than this and DIRECTORY have command 0 only."""
 
     SET_DEFAULT = 0
     SET_FOR_DEVICE = 1
+
+
+class DirectoryCommand(IntEnum):
+    """Second byte, class DIRECTORY."""
+
+    PUBLISH = 0
+    WITHDRAW = 1
+    LOOKUP = 2
+    INTEND = 3
+    CLAIM = 4
+    RETRACT = 5
+    START = 6
 
 
 class Ack(IntEnum):
@@ -166,6 +181,8 @@ class EventType(IntFlag):
     UPDATE = 1
     ATTACH = 2
     DETACH = 4
+    CLAIMED = 1 << 16
+    START = 1 << 17
 
 
 class UpdateEvent(Struct, size=24):
@@ -183,3 +200,66 @@ class PeerEvent(Struct, size=32):
     offset: int = field("Q", 8, "first area of the region, in this device's window")
     devid: int = field("Q", 16, "who caused it")
     peers: int = field("Q", 24, "devices that hold the region now")
+
+
+class ListenerRequest(Struct, size=32):
+    """DIRECTORY PUBLISH, WITHDRAW, LOOKUP: an address and port at which somebody listens."""
+
+    address: bytes = field("16s", 0, "network order, IPv4 as v4-mapped IPv6")
+    port: int = field("H", 16, "TCP port, not 0")
+    scope: int = field("Q", 24, "the caller's network namespace, as the guest names it")
+
+
+class LookupReply(Struct, size=8):
+    """Reply of DIRECTORY LOOKUP, behind the ack byte."""
+
+    listeners: int = field("Q", 0, "devices that publish it, at least 1")
+
+
+class IntendRequest(Struct, size=56):
+    """DIRECTORY INTEND: a connection that the caller is about to make."""
+
+    nonce: int = field("Q", 0, "random, chosen by the caller, not 0")
+    scope: int = field("Q", 8, "the caller's network namespace, as the guest names it")
+    local_address: bytes = field("16s", 16, "of the caller, as for PUBLISH")
+    remote_address: bytes = field("16s", 32, "the destination")
+    local_port: int = field("H", 48, "of the caller, not 0")
+    remote_port: int = field("H", 50, "of the destination, not 0")
+
+
+class ClaimRequest(Struct, size=56):
+    """DIRECTORY CLAIM: a connection that the caller has accepted, as the caller sees it."""
+
+    scope: int = field("Q", 0, "the caller's network namespace, as the guest names it")
+    local_address: bytes = field("16s", 16, "of the caller: the destination of the intent")
+    remote_address: bytes = field("16s", 32, "of the client")
+    local_port: int = field("H", 48, "of the caller")
+    remote_port: int = field("H", 50, "of the client")
+
+
+class ClaimReply(Struct, size=16):
+    """Reply of DIRECTORY CLAIM, behind the ack byte."""
+
+    nonce: int = field("Q", 0, "of the intent")
+    devid: int = field("Q", 8, "the client's device")
+
+
+class RetractRequest(Struct, size=8):
+    """DIRECTORY RETRACT: the caller goes on without an answer to its intent."""
+
+    nonce: int = field("Q", 0, "of the caller's intent")
+
+
+class StartRequest(Struct, size=16):
+    """DIRECTORY START: tell the client of a claimed connection to begin."""
+
+    nonce: int = field("Q", 0, "of the intent that the caller has claimed")
+    devid: int = field("Q", 8, "the client's device, from ClaimReply")
+
+
+class DirectoryEvent(Struct, size=32):
+    """Something happened to an intent of this device."""
+
+    ev_type: int = field("Q", 0, "1 << 16 claimed, 1 << 17 start")
+    nonce: int = field("Q", 8, "of the intent")
+    devid: int = field("Q", 16, "the server's device")

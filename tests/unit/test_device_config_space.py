@@ -214,7 +214,7 @@ def test_msix_is_turned_on_by_configuration_writes_and_by_the_client(driver: Dri
         ("gid", 0),
         ("devid", 0),
         ("devid", 1 << 64),
-        ("features", frozenset({IsmFeature.DIRECTORY})),
+        ("features", frozenset({IsmFeature.RECLAIM})),
         ("features", frozenset({5})),
     ],
 )
