@@ -11,8 +11,9 @@ unusable.
     FEATURES_OK    writing the bit, only if the accepted features fit    takes no other features any more
     DRIVER_OK      writing the bit, only with FEATURES_OK                serves the queues
     NEEDS_RESET    the device, when a queue is malformed                 serves nothing until the driver writes 0
+    FAILED         writing the bit: the driver gives up                  serves nothing until the driver writes 0
 
-The driver sets bits and never clears one except by writing 0. ACKNOWLEDGE, DRIVER and FAILED are stored only.
+The driver sets bits and never clears one except by writing 0. ACKNOWLEDGE and DRIVER are stored only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DRIVER_STATUS = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.
 _QUEUE_ADDRESSES = {"queue_desc": "desc", "queue_driver": "driver", "queue_device": "device"}
 
 _DRIVER_OK = int(Status.DRIVER_OK)
-_RUNNING = _DRIVER_OK | int(Status.NEEDS_RESET)
+_RUNNING = _DRIVER_OK | int(Status.NEEDS_RESET | Status.FAILED)
 
 
 class Change(Flag):

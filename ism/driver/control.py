@@ -13,13 +13,14 @@ that the device may still write to is never freed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ism.driver.transport import DmaBuffer, Span, Transport
@@ -27,6 +28,7 @@ from ism.driver.virtqueue import VirtQueue, usable_entries
 from ism.errors import (
     DeviceError,
     DeviceGoneError,
+    IsmError,
     LocalProtocolError,
     PermissionDeniedError,
     QuotaError,
@@ -50,6 +52,7 @@ from ism.virtio.ism_spec import (
     GrantCommand,
     GrantDefaultRequest,
     GrantDeviceRequest,
+    IntendRequest,
     Permission,
 )
 from ism.virtio.pci import NO_VECTOR
@@ -59,7 +62,7 @@ log = logging.getLogger("ism.driver")
 COMMAND_TIMEOUT_S = 30.0
 Serve = Callable[[Callable[[], bool], float], None]
 _POLL_S = 0.0002
-_OUT_SIZE = 32
+_OUT_SIZE = CommandHeader.SIZE + IntendRequest.SIZE
 _SLOT_AREAS = 30
 _IN_SIZE = 1 + AllocReply.SIZE + _SLOT_AREAS * Area.SIZE
 _ACK_UNSET = 0xFF
@@ -80,8 +83,8 @@ _ADVICE = {
 }
 
 
-def ack_error(command: str, ack: int, token: int = 0) -> DeviceError:
-    """Return the error for an ack other than OK, whatever its value."""
+def ack_error(command: str, ack: int, token: int = 0, advice: Mapping[Ack, str] = _ADVICE) -> DeviceError:
+    """Return the error for an ack other than OK, whatever its value. Args: `advice`: what to do, by ack."""
     try:
         known: Ack | None = Ack(ack)
     except ValueError:
@@ -92,9 +95,13 @@ def ack_error(command: str, ack: int, token: int = 0) -> DeviceError:
         kind = QuotaError
     elif known in (Ack.PERM_EATTACH, Ack.PERM_EREAD, Ack.PERM_EWRITE):
         kind = PermissionDeniedError
-    advice = _ADVICE[known] if known is not None else "an ack this driver does not know: is the manager newer?"
+    say = (
+        "an ack this driver does not know: is the manager newer?"
+        if known is None
+        else advice.get(known, _ADVICE[known])
+    )
     subject = f" of region {token:#018x}" if token else ""
-    return kind(f"{command}{subject}: {name}: {advice}", ack=ack, ack_name=name, command=command, token=token)
+    return kind(f"{command}{subject}: {name}: {say}", ack=ack, ack_name=name, command=command, token=token)
 
 
 @dataclass(slots=True)
@@ -160,21 +167,25 @@ class Command:
         """What the device has written, ack first; empty when it has not answered."""
         return self._reply
 
-    def wait(self) -> bytes:
-        """Return ack byte and reply data, at least one byte.
-
-        Raises: TransportError (no answer in time), DeviceGoneError, RemoteProtocolError (answered without an ack).
-        """
-        timeout_s = self._timeout_s
+    def wait_done(self, timeout_s: float) -> bool:
+        """Wait until the command is done, or the time is up; tell which. Raises nothing."""
         deadline = time.monotonic() + timeout_s
         if self._serve is not None and not self._done.is_set():
             self._serve(self._done.is_set, timeout_s)
         while self._poll is not None and not self._done.is_set() and time.monotonic() < deadline:
             self._poll()
             self._done.wait(_POLL_S)
-        if not self._done.is_set() and not self._done.wait(max(0.0, deadline - time.monotonic())):
+        return self._done.is_set() or self._done.wait(max(0.0, deadline - time.monotonic()))
+
+    def wait(self) -> bytes:
+        """Return ack byte and reply data, at least one byte.
+
+        Raises: TransportError (no answer in time), DeviceGoneError, RemoteProtocolError (answered without an ack).
+        """
+        if not self.wait_done(self._timeout_s):
             raise TransportError(
-                f"{self.name}: the device did not answer within {timeout_s:g} s; is its manager stopped or overloaded?",
+                f"{self.name}: the device did not answer within {self._timeout_s:g} s; is its manager stopped or "
+                "overloaded?",
                 errno.ETIMEDOUT,
             )
         if self._error is not None:
@@ -210,7 +221,8 @@ class ControlQueue:
 
         Args:
             size: entries that the device offers.
-            notify: writes the queue's notify register.
+            notify: writes the queue's notify register. When it raises, it has seen to it that `fail` is called, after
+                a last `reap`: the device may have found the command without being told.
             poll: without interrupts: looks for answers (`reap`), called by whoever waits.
             serve: with interrupts: takes answers in the thread that waits, until what it is given says so or seconds
                 are over; may return early.
@@ -227,7 +239,8 @@ class ControlQueue:
         self._pending: dict[int, tuple[Command, DmaBuffer | None]] = {}
         self._line: deque[tuple[Command, bytes]] = deque()
         self._kept: list[DmaBuffer] = []
-        self._dead: str | None = None
+        self._refusing: str | None = None
+        self._dead = False
         self._closed = False
 
     def submit(
@@ -255,19 +268,20 @@ class ControlQueue:
             raise LocalProtocolError(f"{name}: {data} cannot be encoded: {exc}") from exc
         made = Command(name, token, self._poll, self._timeout_s, self._serve)
         with self._lock:
-            if not in_line and not self._slot_free.wait_for(lambda: self.queue.free or self._dead, self._timeout_s):
+            if not in_line and not self._slot_free.wait_for(lambda: self.queue.free or self._refusing, self._timeout_s):
                 raise TransportError(
                     f"{name}: {self.queue.slots} commands are under way, none was answered for {self._timeout_s:g} s",
                     errno.ETIMEDOUT,
                 )
-            if self._dead:
-                raise DeviceGoneError(self._dead)
+            if self._refusing:
+                raise DeviceGoneError(self._refusing)
             if not self.queue.free:
                 self._line.append((made, readable))
                 return made
             must_notify = self._start(made, readable, reply)
         if must_notify:
-            self._notify()
+            with contextlib.suppress(IsmError):  # the command is under way all the same, until `fail`
+                self._notify()
         return made
 
     def _start(self, command: Command, readable: bytes, reply: DmaBuffer | None) -> bool:
@@ -298,7 +312,7 @@ class ControlQueue:
                     reply = bytes(buffer.mapping.view[: min(used.written, buffer.mapping.length)])
                 self.queue.release(used.slot)
                 finished.append((command, reply))
-            while self._line and self.queue.free:
+            while self._line and self.queue.free and not self._refusing:
                 must_notify |= self._start(*self._line.popleft(), None)
             self._slot_free.notify_all()
         for command, reply in finished:
@@ -311,10 +325,16 @@ class ControlQueue:
         if must_notify:
             self._notify()
 
+    def refuse(self, reason: str) -> None:
+        """Raise DeviceGoneError for new commands; those under way may still be answered, until `fail`."""
+        with self._lock:
+            self._refusing = self._refusing or reason
+            self._slot_free.notify_all()
+
     def fail(self, reason: str) -> None:
         """Complete every command with DeviceGoneError and refuse new ones."""
         with self._lock:
-            self._dead = self._dead or reason
+            self._dead, self._refusing = True, self._refusing or reason
             lost = [command for command, _ in self._pending.values()]
             lost += [command for command, _ in self._line]
             self._pending.clear()

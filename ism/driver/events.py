@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ism.driver.transport import Transport
 from ism.driver.virtqueue import VirtQueue, usable_entries
-from ism.virtio.ism_spec import EVENT_QUEUE_SIZE, EventType, PeerEvent, UpdateEvent
+from ism.virtio.ism_spec import EVENT_QUEUE_SIZE, DirectoryEvent, EventType, PeerEvent, UpdateEvent
 
 log = logging.getLogger("ism.driver")
 
@@ -31,12 +31,24 @@ class Event:
     peers: int | None
 
 
-def parse(raw: bytes) -> Event | None:
+@dataclass(frozen=True, slots=True)
+class IntentEvent:
+    """One event of the directory: what happened to the intent `nonce`, by the server's device `devid`."""
+
+    kind: EventType
+    nonce: int
+    devid: int
+
+
+def parse(raw: bytes) -> Event | IntentEvent | None:
     """Decode an event; None when it is none that this driver knows."""
     if len(raw) >= PeerEvent.SIZE:
         peer = PeerEvent.unpack(raw)
         if peer.ev_type in (EventType.ATTACH, EventType.DETACH):
             return Event(EventType(peer.ev_type), peer.offset, peer.devid, peer.peers)
+        intent = DirectoryEvent.unpack(raw)
+        if intent.ev_type in (EventType.CLAIMED, EventType.START):
+            return IntentEvent(EventType(intent.ev_type), intent.nonce, intent.devid)
     if len(raw) >= UpdateEvent.SIZE:
         update = UpdateEvent.unpack(raw)
         if update.ev_type == EventType.UPDATE:
@@ -48,7 +60,11 @@ class EventQueue:
     """Queue 1. `reap` hands each event to `deliver`. Thread-safe."""
 
     def __init__(
-        self, transport: Transport, size: int, notify: Callable[[], None], deliver: Callable[[Event], None]
+        self,
+        transport: Transport,
+        size: int,
+        notify: Callable[[], None],
+        deliver: Callable[[Event | IntentEvent], None],
     ) -> None:
         """`size`: entries that the device offers; `notify` writes the queue's notify register."""
         entries = usable_entries(size, EVENT_QUEUE_SIZE)
@@ -70,8 +86,11 @@ class EventQueue:
             self._notify()
 
     def reap(self) -> None:
-        """Deliver what has come and post the buffers again. Raises RemoteProtocolError on a broken used ring."""
-        events: list[Event] = []
+        """Deliver what has come and post the buffers again.
+
+        Raises: RemoteProtocolError on a broken used ring; TransportError when the buffers cannot be notified.
+        """
+        events: list[Event | IntentEvent] = []
         with self._lock:
             if self._closed:
                 return
@@ -84,9 +103,11 @@ class EventQueue:
                         log.warning("the device sent %d events this driver does not know", self.unknown)
                 else:
                     events.append(event)
-        self.post_all()
-        for event in events:
-            self._deliver(event)
+        try:
+            self.post_all()
+        finally:
+            for event in events:
+                self._deliver(event)
 
     def close(self) -> None:
         """Free the queue's memory; the device must have been reset."""

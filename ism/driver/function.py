@@ -12,12 +12,12 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from ism.driver import capabilities
 from ism.driver.control import ControlQueue
-from ism.driver.events import Event, EventQueue
+from ism.driver.events import Event, EventQueue, IntentEvent
 from ism.driver.service import Service
 from ism.driver.transport import Transport
 from ism.driver.vectors import Vectors
@@ -38,6 +38,7 @@ from ism.virtio.pci import Feature, Status
 log = logging.getLogger("ism.driver")
 
 VECTOR_CONFIG, VECTOR_CONTROL, VECTOR_EVENTS, VECTOR_REGIONS = range(4)
+_OPTIONAL = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, IsmFeature.DIRECTORY)
 _POLL_INTERVAL_S = 0.001
 _POLLS_PER_STATUS = 100
 _PCI_COMMAND = 4
@@ -79,7 +80,7 @@ class Function(ABC):
             raise
 
     @abstractmethod
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: Event | IntentEvent) -> None:
         """Handle an event of the device, in the service thread."""
 
     @abstractmethod
@@ -104,7 +105,7 @@ class Function(ABC):
         pci.add_status(Status.DRIVER)
         try:
             required = frozenset({int(Feature.VERSION_1)})
-            optional = frozenset({int(Feature.ACCESS_PLATFORM), int(IsmFeature.EVENT_IRQ), int(IsmFeature.EVENT_VQ)})
+            optional = frozenset(map(int, (Feature.ACCESS_PLATFORM, *_OPTIONAL)))
             self.features = pci.negotiate(required, optional)
             self._read_config()
             self._set_up_queues(interrupts)
@@ -198,6 +199,15 @@ class Function(ABC):
         fds = (self._queue_fds[VECTOR_CONTROL], *self.transport.answer_fds())
         self.service.serve_until(done, fds, timeout_s)
 
+    def serve_until(self, done: Callable[[], bool], timeout_s: float, fds: Sequence[int] = ()) -> None:
+        """Take answers, events, and what comes on further watched descriptors, in the calling thread until `done()`.
+
+        May return early, and at once when another thread does it, or the device has no interrupts.
+        """
+        if self._interrupts and self._pid == os.getpid() and not self._closed:
+            queues = self._queue_fds[VECTOR_CONTROL:]
+            self.service.serve_until(done, (*queues, *self.transport.answer_fds(), *fds), timeout_s)
+
     # -- what the service thread does -------------------------------------------------------------------------------
 
     def _on_config_change(self) -> None:
@@ -252,8 +262,30 @@ class Function(ABC):
                 return  # whoever initialises looks itself
             self._wake_sleepers()
         log.warning("%s", reason)
-        self.control.fail(reason)
+        self.control.refuse(reason)
         self._vectors.wake_all()
+        # events are delivered by callbacks of the service alone, and nobody waits for one here: it may be waiting for
+        # what the caller holds
+        if self.service.is_current or not self.service.soon(lambda: self._end_commands(reason)):
+            self._end_commands(reason)
+
+    def _end_commands(self, reason: str) -> None:
+        """Fail the commands that are not answered, once it is sure that no answer comes any more."""
+        try:
+            # the device serves no queue from here on, should it live: what it has written by now is all it ever writes
+            self._pci.add_status(Status.FAILED)
+        except IsmError as exc:
+            log.debug("%s: not told that the driver gave up: %s", self.transport.name, exc)
+        self._last_look(self.control.reap)
+        if self._events is not None:
+            self._last_look(self._events.reap)
+        self.control.fail(reason)
+
+    def _last_look(self, reap: Callable[[], None]) -> None:
+        try:
+            reap()
+        except IsmError as exc:
+            log.debug("%s: at the end: %s", self.transport.name, exc)
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -308,11 +340,12 @@ class Function(ABC):
             if self._closed:
                 return
             self._closed = True
-        self.control.fail(self._gone or f"{self.transport.name} is closed")
         try:
             self._pci.reset()
         except IsmError as exc:
             log.debug("%s: no clean reset at close: %s", self.transport.name, exc)
+        self._last_look(self.control.reap)
+        self.control.fail(self._gone or f"{self.transport.name} is closed")
         self._release_everything()
 
     def _release_everything(self) -> None:

@@ -23,6 +23,7 @@ import os
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from ism.errors import DeviceGoneError, TransportError
@@ -59,6 +60,7 @@ class Service:
         self._serving = threading.Lock()
         self._server = 0
         self._nudge = -1
+        self._soon: deque[Callable[[], None]] = deque()
 
     @property
     def is_current(self) -> bool:
@@ -108,6 +110,20 @@ class Service:
             except RuntimeError as exc:
                 raise TransportError(f"{self._name}: {exc}; raise the limit of processes (ulimit -u)") from exc
             self._thread = thread
+
+    def soon(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called once in the service thread, from any thread and without waiting.
+
+        Returns: False when no thread will do it: the service has none, or is closed.
+        """
+        if self._pid != os.getpid():
+            return False
+        with self._lock:
+            if self._closing or self._thread is None:
+                return False
+            self._soon.append(callback)
+            raise_eventfd(self._wake)
+        return True
 
     def remove(self, fd: int) -> None:
         """Stop watching `fd`; unknown descriptors are ignored. A callback that runs now may still finish."""
@@ -226,6 +242,8 @@ class Service:
                     break
                 if fd == self._wake:
                     os.eventfd_read(fd)
+                    while self._soon and not self._is_closing():
+                        self._guard(self._soon.popleft())
                     continue
                 with self._lock:
                     callback = self._callbacks.get(fd)

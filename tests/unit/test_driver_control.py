@@ -358,11 +358,12 @@ def test_only_the_first_completion_counts() -> None:
     assert command.wait() == command.reply == b"\0ok"
 
 
-def test_a_notify_that_fails_is_the_submitters_error() -> None:
+def test_a_command_whose_notify_fails_ends_as_the_device_does() -> None:
     memory = QueueMemory()
 
     def notify() -> None:
-        raise DeviceGoneError("nobody listens")
+        queue.fail("nobody listens")
+        raise DeviceGoneError("the socket is closed")
 
     queue = ControlQueue(memory, 64, notify)
     with pytest.raises(DeviceGoneError, match="nobody listens"):
