@@ -25,7 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ism.driver.control import COMMAND_TIMEOUT_S, Command, Placement, ack_error
-from ism.driver.events import Event
+from ism.driver.directory import Directory
+from ism.driver.events import Event, IntentEvent
 from ism.driver.function import Function
 from ism.driver.region import Region
 from ism.driver.transport import Span, Transport
@@ -68,8 +69,11 @@ class Held:
 class Device(Function):
     """An initialised virtio-ism device.
 
-    Attributes: as `Function`: `gid`, `devid`, `chunk_size`, `features`, `transport`, `control`.
+    Attributes: as `Function`: `gid`, `devid`, `chunk_size`, `features`, `transport`, `control`; `directory`, None
+    unless DIRECTORY and EVENT_VQ are negotiated.
     """
+
+    directory: Directory | None = None
 
     def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
         """Initialise the device; arguments and errors as `Function`."""
@@ -80,7 +84,16 @@ class Device(Function):
         super().__init__(transport, interrupts=interrupts)
         self._settled = threading.Condition(self._lock)
 
-    def _deliver(self, event: Event) -> None:
+    def _set_up_queues(self, interrupts: bool) -> None:
+        super()._set_up_queues(interrupts)
+        if self._events is not None and IsmFeature.DIRECTORY in self.features:
+            self.directory = Directory(self.control, self._check_may_wait)
+
+    def _deliver(self, event: Event | IntentEvent) -> None:
+        if isinstance(event, IntentEvent):
+            if self.directory is not None:
+                self.directory.deliver(event)
+            return
         with self._lock:
             held = self._by_offset.get(event.offset)
             if held is None:
