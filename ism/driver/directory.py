@@ -90,34 +90,36 @@ class Directory:
             LocalProtocolError (from a callback of the driver, or an address that is not 16 bytes).
         """
         self._check_may_wait()
-        self.published(self._listener(DirectoryCommand.PUBLISH, address, port, scope))
+        command = self._listener(DirectoryCommand.PUBLISH, address, port, scope, in_line=False)
+        command.wait()
+        self.published(command)
 
     def publish_nowait(self, address: bytes, port: int, scope: int) -> Command:
         """As `publish`, without waiting; `published` reads the answer. Raises DeviceGoneError, LocalProtocolError."""
-        return self._listener(DirectoryCommand.PUBLISH, address, port, scope, in_line=True)
+        return self._listener(DirectoryCommand.PUBLISH, address, port, scope)
 
     def published(self, command: Command) -> None:
-        """Return when a command of `publish_nowait` has done it. Raises as `publish`."""
-        _expect(command)
+        """Look at a command of `publish_nowait` that is done. Raises as `publish`."""
+        _agreed(command)
 
     def withdraw(self, address: bytes, port: int, scope: int) -> Command:
         """Undo one `publish`; never waits. Raises DeviceGoneError (then nothing is published any more)."""
-        return self._listener(DirectoryCommand.WITHDRAW, address, port, scope, in_line=True)
+        return self._listener(DirectoryCommand.WITHDRAW, address, port, scope)
 
     def lookup(self, address: bytes, port: int, scope: int) -> int:
         """Return how many devices publish a destination, 0 for none. Raises as `publish`."""
         self._check_may_wait()
-        return self.looked_up(self._listener(DirectoryCommand.LOOKUP, address, port, scope))
+        command = self._listener(DirectoryCommand.LOOKUP, address, port, scope, in_line=False)
+        command.wait()
+        return self.looked_up(command)
 
     def lookup_nowait(self, address: bytes, port: int, scope: int) -> Command:
         """As `lookup`, without waiting; `looked_up` reads the answer. Raises DeviceGoneError, LocalProtocolError."""
-        return self._listener(DirectoryCommand.LOOKUP, address, port, scope, in_line=True)
+        return self._listener(DirectoryCommand.LOOKUP, address, port, scope)
 
     def looked_up(self, command: Command) -> int:
-        """Return what became of a command of `lookup_nowait`. Returns and raises as `lookup`."""
-        if command.wait()[0] == Ack.ENOENT:
-            return 0
-        return LookupReply.unpack(_body(command, LookupReply)).listeners
+        """Return what became of a command of `lookup_nowait` that is done. Returns and raises as `lookup`."""
+        return LookupReply.unpack(_body(command, LookupReply)).listeners if _there(command) else 0
 
     # -- the client's side ------------------------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class Directory:
         return self._control.submit(CommandClass.DIRECTORY, command, data, command.name, in_line=in_line)
 
     def _listener(
-        self, command: DirectoryCommand, address: bytes, port: int, scope: int, *, in_line: bool = False
+        self, command: DirectoryCommand, address: bytes, port: int, scope: int, *, in_line: bool = True
     ) -> Command:
         return self._command(
             command, ListenerRequest(address=_address(address), port=port, scope=scope), in_line=in_line
@@ -253,24 +255,28 @@ def _address(address: bytes) -> bytes:
     return address
 
 
-def _expect(command: Command) -> None:
-    ack = command.wait()[0]
+def _ack(command: Command) -> int:
+    if not command.done:
+        raise LocalProtocolError(f"{command.name} is not answered yet")
+    return command.wait()[0]
+
+
+def _agreed(command: Command) -> None:
+    """Return after OK; any other answer, or none, raises."""
+    ack = _ack(command)
     if ack != Ack.OK:
         raise ack_error(command.name, ack, advice=_ADVICE)
 
 
 def _there(command: Command) -> bool:
     """Tell OK from ENOENT; any other answer, or none, raises."""
-    if not command.done:
-        raise LocalProtocolError(f"{command.name} is not answered yet")
-    if command.wait()[0] == Ack.ENOENT:
+    if _ack(command) == Ack.ENOENT:
         return False
-    _expect(command)
+    _agreed(command)
     return True
 
 
 def _body(command: Command, kind: type[Struct]) -> bytes:
-    _expect(command)
     reply = command.wait()
     if len(reply) < 1 + kind.SIZE:
         raise RemoteProtocolError(f"{command.name}: the reply ends after {len(reply)} bytes", event="reply")
