@@ -86,6 +86,11 @@ class Request:
     _epoch: int
     _done: bool = False
 
+    @property
+    def late(self) -> bool:
+        """Whether it is decided when it is completed: what other devices have asked for before should be done by then."""
+        return self._reply.late is not None
+
 
 @dataclass(slots=True)
 class Work:

@@ -308,8 +308,19 @@ class DeviceHost:
                 wiring.append(effect)
             else:
                 self._domain.carry_out((effect,))
+        if request.late:
+            self.connection.start_soon(self._complete_late, request)
+            return
         self._orders.then(lambda: self._complete(request, refusals))
         self._domain.carry_out(wiring)
+
+    async def _complete_late(self, request: Request) -> None:
+        """Complete a CLAIM once every message that was there when it came is handled.
+
+        The client's INTEND is among them: it was sent before the connection was made that the server claims.
+        """
+        await trio.lowlevel.checkpoint()
+        self._orders.then(lambda: self._complete(request, []))
 
     def _complete(self, request: Request, refusals: list[TransportError]) -> None:
         if refusals:
