@@ -17,6 +17,7 @@ from typing import Any
 
 from ism.errors import ConfigError
 from ism.manager.config_reader import TableReader, brief
+from ism.manager.directory import Network, is_private_network, network_of
 from ism.manager.quota import Quota
 from ism.paths import control_socket, device_socket
 from ism.virtio.ism_spec import DEFAULT_CHUNK_SIZE, MIN_CHUNK_SIZE
@@ -158,6 +159,7 @@ class _Parser:
         self._unique(
             device_tables, "devid", [(device.domain, device.devid) if device.devid else None for device in devices]
         )
+        self._check_addresses(device_tables, devices)
 
         fresh_table = top.table("fresh")
         fresh = self._fresh(fresh_table, by_name, defaults)
@@ -196,13 +198,10 @@ class _Parser:
 
     def _fresh(self, table: TableReader, domains: dict[str, DomainConfig], defaults: DeviceShape) -> FreshConfig | None:
         enabled = table.boolean("enabled", True)
-        domain = self._domain_of(table, domains)
-        fresh = FreshConfig(
-            domain=domain.name,
-            socket=self._socket(table, device_socket(self._run_dir)),
-            shape=self._shape(table, defaults, domain),
-        )
-        return fresh if enabled else None
+        domain = self._domain_of(table, domains) if enabled or table.has("domain") else None
+        socket = self._socket(table, device_socket(self._run_dir))
+        shape = self._shape(table, defaults, domain)
+        return FreshConfig(domain.name, socket, shape) if enabled and domain is not None else None
 
     def _shape(self, table: TableReader, base: DeviceShape, domain: DomainConfig | None = None) -> DeviceShape:
         window = table.size("window", base.window_size, low=MIN_CHUNK_SIZE, power_of_two=True)
@@ -282,6 +281,18 @@ class _Parser:
             if value is not None and value in seen:
                 table.fail(key, f"the same as {seen[value].where}.{key}")
             seen[value] = table
+
+    @staticmethod
+    def _check_addresses(tables: list[TableReader], devices: Iterable[DeviceConfig]) -> None:
+        seen: dict[tuple[str, Network], TableReader] = {}
+        for table, device in zip(tables, devices, strict=True):
+            for address in device.addresses:
+                network = network_of(address)
+                if is_private_network(network):
+                    table.fail("addresses", f"{address} is in every network namespace and cannot be one device's")
+                other = seen.setdefault((device.domain, network), table)
+                if other is not table:
+                    table.fail("addresses", f"{address} is in {other.where}.addresses too")
 
     def _check_sockets(self, sockets: Iterable[SocketConfig]) -> None:
         seen = {_normal(control_socket(self._run_dir)): "the control socket"}

@@ -19,6 +19,7 @@ Decided here:
 
 from __future__ import annotations
 
+import ipaddress
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ LOOPBACK_V4: Final = MAPPED + b"\x7f"
 LOOPBACK_V4_NETWORK: Final = MAPPED + b"\x7f\0\0\0"
 LOOPBACK_V6: Final = bytes(15) + b"\1"
 
+Network = tuple[int, int]
+"""Prefix length, and the prefix as a number; IPv4 as v4-mapped IPv6."""
 Scope = tuple[Hashable, int] | None
 Destination = tuple[bytes, int, Scope]
 Connection = tuple[bytes, int, bytes, int, Scope]
@@ -125,14 +128,14 @@ class Directory:
         """Say what network namespace the client of a device is in; entries made before keep theirs."""
         self.members[devid].scope = scope
 
-    def bind(self, network: bytes, prefix: int, devid: DevId) -> None:
-        """Let only `devid` publish, or connect from, the addresses that share the first `prefix` bits of `network`.
+    def bind(self, network: Network, devid: DevId) -> None:
+        """Let only `devid` publish, or connect from, the addresses of a network.
 
         Raises: ValueError when the same network is bound to another device.
         """
-        bound = self._bound.setdefault(prefix, {})
-        if bound.setdefault(_prefix(network, prefix), devid) != devid:
-            raise ValueError(f"network {network.hex()}/{prefix} is bound to another device")
+        prefix, number = network
+        if self._bound.setdefault(prefix, {}).setdefault(number, devid) != devid:
+            raise ValueError(f"network {number:#x} of {prefix} bits is bound to another device")
         self._prefixes = tuple(sorted(self._bound, reverse=True))
 
     def forget(self, devid: DevId) -> None:
@@ -305,6 +308,22 @@ def is_private(address: bytes) -> bool:
     """Tell whether an address means something only inside one network namespace: loopback, IPv6 link-local."""
     link_local = address[0] == 0xFE and address[1] & 0xC0 == 0x80
     return link_local or address == LOOPBACK_V6 or address.startswith(LOOPBACK_V4)
+
+
+def network_of(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Network:
+    """Write a network as the directory does."""
+    packed, prefix = network.network_address.packed, network.prefixlen
+    if len(packed) == 4:
+        packed, prefix = MAPPED + packed, prefix + 8 * len(MAPPED)
+    return prefix, _prefix(packed, prefix)
+
+
+def is_private_network(network: Network) -> bool:
+    """Tell whether all addresses of a network are private (`is_private`)."""
+    prefix, number = network
+    first = number << ADDRESS_BITS - prefix
+    last = first | (1 << ADDRESS_BITS - prefix) - 1
+    return is_private(first.to_bytes(16, "big")) and is_private(last.to_bytes(16, "big"))
 
 
 def _prefix(address: bytes, prefix: int) -> int:

@@ -29,7 +29,7 @@ from ism.ids import DevId, Gid
 from ism.manager.config import DeviceConfig, DeviceShape, DomainConfig, ManagerConfig, SocketConfig
 from ism.manager.control_server import serve_control, unknown_op
 from ism.manager.devices import DeviceHost
-from ism.manager.directory import ADDRESS_BITS, MAPPED
+from ism.manager.directory import network_of
 from ism.manager.host import DomainHost, Shared
 from ism.manager.registry import DomainRegistry
 from ism.manager.sockets import RunDirectory, listen, raise_descriptor_limit
@@ -214,15 +214,7 @@ class Manager:
         domain.registry.add_device(devid, config.shape.window_size, config.shape.quota)
         self._names[config.domain][devid] = config.name
         for network in config.addresses:
-            packed, prefix = network.network_address.packed, network.prefixlen
-            if len(packed) == 4:
-                packed, prefix = MAPPED + packed, ADDRESS_BITS - 32 + prefix
-            try:
-                domain.registry.directory.bind(packed, prefix, devid)
-            except ValueError:
-                raise ConfigError(
-                    self.config.file, f"device {config.name}", f"{network} is bound to another device of its domain"
-                ) from None
+            domain.registry.directory.bind(network_of(network), devid)
 
     @staticmethod
     def _devid_of(config: DeviceConfig) -> DevId:

@@ -133,6 +133,14 @@ def test_fresh_devices_can_be_switched_off() -> None:
         ("[[device]]\nname='a'\nsocket_owner='a:b:c'", "device[0].socket_owner", '"user:group"'),
         ("[[device]]\nname='a'\naddresses=['10.0.0.300']", "device[0].addresses", "expected addresses"),
         ("[[device]]\nname='a'\naddresses=[1]", "device[0].addresses", "an array of strings"),
+        ("[[device]]\nname='a'\naddresses=['127.0.0.1']", "device[0].addresses", "every network namespace"),
+        ("[[device]]\nname='a'\naddresses=['fe80::/64']", "device[0].addresses", "every network namespace"),
+        (
+            "[[device]]\nname='a'\naddresses=['10.0.0.1', '10.0.0.0/8']\n"
+            "[[device]]\nname='b'\naddresses=['10.1.0.0/16', '::ffff:10.0.0.1']",
+            "device[1].addresses",
+            "::ffff:a00:1/128 is in device[0].addresses too",
+        ),
         ("[[device]]\nname='a'\n[[device]]\nname='a'", "device[1].name", "the same as device[0].name"),
         (
             "[[device]]\nname='a'\ndevid=1\n[[device]]\nname='b'\ndevid=1",
@@ -175,3 +183,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(missing, tmp_path)
     missing.write_text("[fresh]\nenabled = false\n")
     assert load_config(missing, tmp_path).fresh is None
+
+
+def test_nobody_needs_to_say_in_which_domain_no_fresh_devices_are() -> None:
+    domains = "[[domain]]\nname='a'\n[[domain]]\nname='b'\n"
+    assert parse(domains + "[fresh]\nenabled=false").fresh is None
+    with pytest.raises(ConfigError, match=r"fresh\.enabled = false"):
+        parse(domains)
+    with pytest.raises(ConfigError, match="there is no domain 'c'"):
+        parse(domains + "[fresh]\nenabled=false\ndomain='c'")
+
+
+def test_two_domains_may_have_the_same_addresses_and_one_device_the_same_twice() -> None:
+    config = parse(
+        "[[domain]]\nname='a'\n[[domain]]\nname='b'\n[fresh]\nenabled=false\n"
+        "[[device]]\nname='x'\ndomain='a'\naddresses=['10.0.0.1', '::ffff:10.0.0.1']\n"
+        "[[device]]\nname='y'\ndomain='b'\naddresses=['10.0.0.1']"
+    )
+    assert [len(device.addresses) for device in config.devices] == [2, 1]
