@@ -7,11 +7,13 @@ whole tokens are asked for.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ism.ids import DevId
 from ism.manager.devices import DeviceHost
+from ism.manager.directory import LOOPBACK_V4_NETWORK, Member
 from ism.manager.host import DomainHost
 from ism.manager.regions import Device, Region
 
@@ -26,8 +28,12 @@ def domain_status(domain: DomainHost, names: Mapping[DevId, str], *, whole_token
         "bytes": registry.account.bytes,
         "bytes_limit": registry.account.limit,
         "devices": [
-            _device(device, names.get(devid, ""), domain.devices.get(devid))
+            _device(device, registry.directory.members[devid], names.get(devid, ""), domain.devices.get(devid))
             for devid, device in registry.devices.items()
+        ],
+        "listeners": [
+            {"address": shown_address(address), "port": port, "device": names.get(devid, f"{devid:#x}")}
+            for address, port, devid in registry.directory.listeners()
         ],
         "regions": [_region(region, names, whole_tokens) for region in registry.regions.values()],
     }
@@ -47,7 +53,15 @@ def totals(domains: Iterable[DomainHost]) -> dict[str, int]:
     }
 
 
-def _device(device: Device, name: str, connected: object) -> dict[str, Any]:
+def shown_address(address: bytes) -> str:
+    """Write an address of the directory as people do."""
+    if address == LOOPBACK_V4_NETWORK:
+        return "127.0.0.0/8"
+    shown = ipaddress.IPv6Address(address)
+    return str(shown.ipv4_mapped or shown)
+
+
+def _device(device: Device, listed: Member, name: str, connected: object) -> dict[str, Any]:
     account, quota = device.account, device.account.quota
     shown: dict[str, Any] = {
         "name": name,
@@ -58,6 +72,13 @@ def _device(device: Device, name: str, connected: object) -> dict[str, Any]:
         "bytes": account.bytes,
         "window": device.window.window_size,
         "window_free": device.window.free_bytes,
+        "listeners": len(listed.listeners),
+        "intents": len(listed.intents),
+        "directory": {
+            "claims": listed.stats.claims,
+            "retractions": listed.stats.retractions,
+            "refused": listed.stats.refused,
+        },
         "quota": {
             "bytes": quota.bytes,
             "regions": quota.regions,
