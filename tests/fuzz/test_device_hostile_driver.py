@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 
-from device_rig import CHUNK, RAM_BASE, RAM_SIZE, Driver, Host, Ring
+from device_rig import BOTH, CHUNK, RAM_BASE, RAM_SIZE, Driver, Host, Ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ism.device.contract import Interrupt, MapChunks, PostEvent, SealWrites, UnmapChunks, WiringChanged
 from ism.device.function import COUNTERS, Request, Work
-from ism.virtio.ism_spec import Ack
+from ism.virtio.ism_spec import Ack, IsmFeature
 from ism.virtio.pci import Status
 
 EFFECTS = (MapChunks, UnmapChunks, SealWrites, Interrupt, PostEvent, WiringChanged)
@@ -165,8 +165,11 @@ def test_random_rings_end_in_used_elements_or_needs_reset(
 
 
 headers = st.one_of(
-    st.sampled_from([b"\0\0", b"\1\0", b"\2\0", b"\3\0", b"\3\1", b"\4\0"]), st.binary(min_size=2, max_size=2)
+    st.sampled_from([b"\0\0", b"\1\0", b"\2\0", b"\3\0", b"\3\1", b"\4\0"]),
+    st.sampled_from([bytes([0x80, number]) for number in range(8)]),
+    st.binary(min_size=2, max_size=2),
 )
+small_words = st.lists(st.sampled_from([0, 1, 2, 1 << 16, 80 << 48]), min_size=7, max_size=7)
 
 
 @EXAMPLES
@@ -178,6 +181,7 @@ headers = st.one_of(
             st.one_of(
                 st.binary(max_size=64),
                 st.builds(lambda *v: struct.pack("<QQ", *v), st.integers(0, 9000), st.integers(0, 31)),
+                st.builds(lambda words: struct.pack("<7Q", *words), small_words),
             ),
             st.one_of(st.integers(1, 40), st.just(1024)),
         ),
@@ -189,7 +193,7 @@ def test_random_commands_get_a_documented_ack_and_an_exact_length(
 ) -> None:
     host = Host()
     peer, token = neighbour(host)
-    driver = host.add(7).start()
+    driver = host.add(7, features=BOTH | {IsmFeature.DIRECTORY}).start()
     own, _ = driver.alloc(CHUNK)
     for header, name, data, capacity in commands:
         body = data if name is None else struct.pack("<Q", (own, token)[name]) + data
@@ -201,3 +205,7 @@ def test_random_commands_get_a_documented_ack_and_an_exact_length(
             assert length == 1
     assert not driver.status & Status.NEEDS_RESET
     unaffected(host, peer, token)
+    host.carry_out(driver.function.reset())
+    directory = host.registry.directory
+    assert not directory.members[7].intents
+    assert list(directory.listeners()) == []

@@ -368,3 +368,19 @@ def test_a_command_whose_notify_fails_ends_as_the_device_does() -> None:
     queue = ControlQueue(memory, 64, notify)
     with pytest.raises(DeviceGoneError, match="nobody listens"):
         queue.alloc(1)
+
+
+def test_a_queue_that_refuses_still_takes_the_answers_of_what_is_under_way() -> None:
+    rig = Rig()
+    answered, lost = rig.queue.detach(TOKEN), rig.queue.detach(TOKEN)
+    rig.queue.refuse("the device is lost")
+    with pytest.raises(DeviceGoneError, match="the device is lost"):
+        rig.queue.detach(TOKEN)
+    assert not answered.done
+    rig.device.answer(rig.seen[0], bytes([Ack.OK]))
+    rig.queue.reap()
+    assert answered.expect_ok() == b""
+    rig.queue.fail("the device is lost")
+    with pytest.raises(DeviceGoneError, match="the device is lost"):
+        lost.wait()
+    assert len(rig.seen) == 2

@@ -421,3 +421,43 @@ def test_only_one_thread_serves_and_the_others_return_at_once(service: Service, 
     service.nudge()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
+
+
+def test_what_is_to_be_done_soon_is_done_once_in_the_service_thread(service: Service, fd: int) -> None:
+    service.add(fd, lambda: None)
+    came: list[tuple[bool, int]] = []
+    done = threading.Semaphore(0)
+
+    def note() -> None:
+        came.append((service.is_current, threading.get_ident()))
+        done.release()
+
+    assert service.soon(note)
+    assert service.soon(note)
+    for _ in range(2):
+        assert done.acquire(timeout=PATIENCE_S)
+    assert came[0][0]
+    assert came[0] == came[1]
+    assert came[0][1] != threading.get_ident()
+
+
+def test_nothing_is_done_soon_without_a_thread_or_after_the_end(service: Service, fd: int) -> None:
+    assert not service.soon(lambda: None)
+    service.add(fd, lambda: None)
+    service.close()
+    assert not service.soon(lambda: None)
+
+
+def test_what_is_to_be_done_soon_and_raises_stops_nothing(
+    service: Service, fd: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.add(fd, lambda: None)
+    done = threading.Event()
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with caplog.at_level(logging.CRITICAL):
+        assert service.soon(fail)
+        assert service.soon(done.set)
+        assert done.wait(PATIENCE_S)
