@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SPIN model of the park handshake: correct as written, and found wrong as soon as one part of it is removed."""
+"""The SPIN models, of sleep and wake and of the decision about a connection: correct as written, and found wrong as
+soon as one part is removed."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-MODEL = Path(__file__).parents[2] / "docs" / "models" / "park.pml"
+MODELS = Path(__file__).parents[2] / "docs" / "models"
+PARK, DECISION = MODELS / "park.pml", MODELS / "decision.pml"
 
 REMOVALS = [
     "NO_PUBLISH_FENCE",
@@ -25,6 +28,16 @@ REMOVALS = [
     "NO_FLUSH",
 ]
 POLLING_REMOVALS = ["NO_CONSUME_FENCE"]
+DECISION_REMOVALS = [
+    "NO_EXCLUSION",
+    "EVENT_FIRST",
+    "NO_LAST_LOOK",
+    "INTEND_UNCHECKED",
+    "SERVER_NO_NONCE",
+    "CLIENT_NO_NONCE",
+    "NO_DROP",
+    "NO_ANSWER",
+]
 FENCES_X86_NEEDS = [name for name in REMOVALS if name.endswith("_FENCE")]
 
 pytestmark = pytest.mark.skipif(
@@ -33,18 +46,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def check(folder: Path, *macros: str) -> int:
+def check(folder: Path, *macros: str, model: Path = PARK) -> int:
     """Run the checker over every interleaving; the number of errors found (it stops at the first)."""
+    return errors(explore(folder, *macros, model=model))
+
+
+def explore(folder: Path, *macros: str, model: Path) -> str:
     defines = [f"-D{macro}" for macro in macros]
     run = subprocess.run
-    run(["spin", "-a", *defines, str(MODEL)], cwd=folder, check=True, capture_output=True, timeout=60)
+    run(["spin", "-a", *defines, str(model)], cwd=folder, check=True, capture_output=True, timeout=60)
     # SAFETY: no search for acceptance cycles; COLLAPSE: states kept compressed
     command = ["gcc", "-O1", "-w", "-DSAFETY", "-DCOLLAPSE", "-DVECTORSZ=2048", "-o", "pan", "pan.c"]
     run(command, cwd=folder, check=True, timeout=120)
     result = run(["./pan", "-m1000000"], cwd=folder, check=True, capture_output=True, text=True, timeout=300)
     assert "max search depth too small" not in result.stdout
-    summary = next(line for line in result.stdout.splitlines() if "errors:" in line)
+    return result.stdout
+
+
+def errors(output: str) -> int:
+    summary = next(line for line in output.splitlines() if "errors:" in line)
     return int(summary.partition("errors:")[2])
+
+
+def macros_of(model: Path) -> set[str]:
+    return {line.split()[1] for line in model.read_text().splitlines() if line.startswith(("#ifdef ", "#ifndef "))}
 
 
 @pytest.mark.parametrize("reader", ["PARKING", "POLLING"])
@@ -70,6 +95,23 @@ def test_a_reader_that_never_parks_needs_its_own_fence(tmp_path: Path, removal: 
 
 
 def test_the_list_of_removals_is_the_models() -> None:
-    text = MODEL.read_text()
-    used = {line.split()[1] for line in text.splitlines() if line.startswith(("#ifdef ", "#ifndef "))}
-    assert used == {*REMOVALS, *POLLING_REMOVALS, "TSO", "POLLING"}
+    assert macros_of(PARK) == {*REMOVALS, *POLLING_REMOVALS, "TSO", "POLLING"}
+
+
+# -- the decision
+
+
+def test_both_ends_of_a_connection_always_decide_alike_and_every_step_can_happen(tmp_path: Path) -> None:
+    output = explore(tmp_path, model=DECISION)
+    assert errors(output) == 0
+    unreached = [int(number) for number in re.findall(r"\((\d+) of \d+ states\)", output)]
+    assert unreached == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("removal", DECISION_REMOVALS)
+def test_removing_one_part_of_the_decision_breaks_the_model(tmp_path: Path, removal: str) -> None:
+    assert check(tmp_path, removal, model=DECISION) == 1
+
+
+def test_the_list_of_the_decision_s_removals_is_the_models() -> None:
+    assert macros_of(DECISION) == set(DECISION_REMOVALS)
