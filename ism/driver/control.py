@@ -331,16 +331,23 @@ class ControlQueue:
             self._refusing = self._refusing or reason
             self._slot_free.notify_all()
 
-    def fail(self, reason: str) -> None:
-        """Complete every command with DeviceGoneError and refuse new ones."""
+    def fail(self, reason: str, *, certain: bool = True) -> None:
+        """Complete every command with DeviceGoneError and refuse new ones.
+
+        Args: `certain`: whether the device answers none of them any more; otherwise those under way get a
+            TransportError: nobody can say what becomes of them.
+        """
         with self._lock:
             self._dead, self._refusing = True, self._refusing or reason
-            lost = [command for command, _ in self._pending.values()]
-            lost += [command for command, _ in self._line]
+            under_way = [command for command, _ in self._pending.values()]
+            unsent = [command for command, _ in self._line]
             self._pending.clear()
             self._line.clear()
             self._slot_free.notify_all()
-        for command in lost:
+        kind = DeviceGoneError if certain else TransportError
+        for command in under_way:
+            command.finish(b"", kind(f"{command.name}: {reason}"))
+        for command in unsent:
             command.finish(b"", DeviceGoneError(f"{command.name}: {reason}"))
         self._done_elsewhere()
 

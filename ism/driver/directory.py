@@ -7,7 +7,8 @@ thread. Commands whose names end in `_nowait`, and `withdraw`, never wait, not e
 in callbacks of the driver; the others may not.
 
 Whether a connection uses SMC hangs on what became of a command, so: a command that raises DeviceGoneError was not
-answered and never will be; one that is not done, for however long, may still be answered.
+answered and never will be; one that is not done, for however long, may still be answered; of one that raises another
+TransportError nobody can say (the device was given up while its manager did not answer).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Directory:
         """Take an intent back.
 
         Returns: True: nobody has claimed it, nor ever will; False: it is claimed (or was never made).
-        Raises: DeviceGoneError (nobody can say), TransportError (no answer in time), LocalProtocolError (from a
+        Raises: DeviceGoneError, TransportError (no answer in time): nobody can say. LocalProtocolError (from a
             callback of the driver).
         """
         self._check_may_wait()
@@ -202,7 +203,7 @@ class Directory:
 
         Returns: the claim; None when there is no such intent.
         Raises: DeviceGoneError, QuotaError (too many commands), DeviceError, RemoteProtocolError: nothing is claimed.
-            LocalProtocolError: the command is not done.
+            Another TransportError: nobody can say. LocalProtocolError: the command is not done.
         """
         if not _there(command):
             return None

@@ -270,16 +270,26 @@ class Function(ABC):
             self._end_commands(reason)
 
     def _end_commands(self, reason: str) -> None:
-        """Fail the commands that are not answered, once it is sure that no answer comes any more."""
-        try:
-            # the device serves no queue from here on, should it live: what it has written by now is all it ever writes
-            self._pci.add_status(Status.FAILED)
-        except IsmError as exc:
-            log.debug("%s: not told that the driver gave up: %s", self.transport.name, exc)
+        """Fail the commands that are not answered, once no answer comes any more.
+
+        A device that is told FAILED serves no queue from there on, should it live.
+        """
+        silent = self._silenced(lambda: self._pci.add_status(Status.FAILED))
         self._last_look(self.control.reap)
         if self._events is not None:
             self._last_look(self._events.reap)
-        self.control.fail(reason)
+        self.control.fail(reason, certain=silent)
+
+    def _silenced(self, order: Callable[[], None]) -> bool:
+        """Give an order after which the device writes nothing more; tell whether that is sure: done, or gone."""
+        try:
+            order()
+        except DeviceGoneError:
+            return True
+        except IsmError as exc:
+            log.debug("%s: at the end: %s", self.transport.name, exc)
+            return False
+        return True
 
     def _last_look(self, reap: Callable[[], None]) -> None:
         try:
@@ -340,12 +350,9 @@ class Function(ABC):
             if self._closed:
                 return
             self._closed = True
-        try:
-            self._pci.reset()
-        except IsmError as exc:
-            log.debug("%s: no clean reset at close: %s", self.transport.name, exc)
+        silent = self._silenced(self._pci.reset)
         self._last_look(self.control.reap)
-        self.control.fail(self._gone or f"{self.transport.name} is closed")
+        self.control.fail(self._gone or f"{self.transport.name} is closed", certain=silent)
         self._release_everything()
 
     def _release_everything(self) -> None:

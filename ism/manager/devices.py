@@ -323,13 +323,15 @@ class DeviceHost:
         self._orders.then(lambda: self._complete(request, []))
 
     def _complete(self, request: Request, refusals: list[TransportError]) -> None:
+        if self.connection.over is not None:
+            return  # its driver has looked at the queues for the last time
         if refusals:
             logger.info("device %s: a mapping failed, its command with it: %s", self.name, refusals[0])
             undone = self.function.give_up(request)
             if not undone:
                 self._lost(refusals[0])  # not a region it gained but one it was to keep with fewer rights
             self._carry_out(undone)
-            self._orders.then(lambda: self._carry_out(self.function.complete(request)))
+            self._orders.then(lambda: self._complete(request, []))
             return
         self._carry_out(self.function.complete(request))
 

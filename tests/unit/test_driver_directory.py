@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import struct
 import threading
@@ -14,7 +15,14 @@ from ism.driver import Device
 from ism.driver.control import Command
 from ism.driver.directory import Claim, Directory, FourTuple
 from ism.driver.events import IntentEvent, parse
-from ism.errors import DeviceError, DeviceGoneError, LocalProtocolError, QuotaError, RemoteProtocolError
+from ism.errors import (
+    DeviceError,
+    DeviceGoneError,
+    LocalProtocolError,
+    QuotaError,
+    RemoteProtocolError,
+    TransportError,
+)
 from ism.ids import DevId
 from ism.manager import directory as service
 from ism.testing import Fabric, InMemoryTransport
@@ -385,6 +393,30 @@ def test_a_claim_is_seen_when_its_device_is_closed(
     assert directory.claimed(answered) == Claim(NONCE, client.devid)
     with pytest.raises(DeviceGoneError, match="closed"):
         directory.claimed(unseen)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_of_a_claim_under_way_in_a_device_that_cannot_be_stopped_nobody_can_say(
+    client: Device, server: Device, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    transport, directory = port(server), directory_of(server)
+    transport.pause()
+    sent = directory.claim_nowait(ACCEPTED)
+    in_line = [directory.claim_nowait(ACCEPTED) for _ in range(100)][-1]
+
+    def stuck(bar: int, offset: int, data: bytes, *, posted: bool = False) -> None:
+        raise TransportError("no answer within 5 s", errno.ETIMEDOUT)
+
+    monkeypatch.setattr(transport, "bar_write", stuck)
+    if closed:
+        server.close()
+    else:
+        server._on_gone("the map channel broke")
+    with pytest.raises(TransportError) as caught:
+        directory.claimed(done(sent))
+    assert not isinstance(caught.value, DeviceGoneError)
+    with pytest.raises(DeviceGoneError):
+        directory.claimed(done(in_line))
 
 
 def test_with_a_device_go_its_listeners_and_intents(domain: Domain, client: Device, server: Device) -> None:

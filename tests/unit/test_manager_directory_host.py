@@ -13,7 +13,7 @@ from manager_rig import blocking, close, connect, devices, eventually, manager
 
 from ism.driver.device import Device
 from ism.driver.directory import Claim, Directory, FourTuple
-from ism.errors import DeviceError, QuotaError
+from ism.errors import DeviceError, DeviceGoneError, QuotaError
 from ism.manager.devices import network_namespace
 from ism.manager.server import Manager
 from ism.virtio.ism_spec import EventType, IsmFeature
@@ -202,6 +202,24 @@ async def test_a_manager_that_ends_acknowledges_a_claim_without_telling_the_clie
         await close(a, b)
         assert seen == []
         assert directory_of(b).claimed(command) == Claim(NONCE, a.devid)
+
+
+async def test_a_claim_of_a_client_that_was_just_dropped_never_happens(tmp_path: Path) -> None:
+    async with manager(tmp_path) as running:
+        a, b = await devices(running, 2)
+        await blocking(lambda: directory_of(b).publish(THERE, 80, 0))
+        assert await blocking(lambda: directory_of(a).intend(FourTuple(HERE, 1, THERE, 80, 0), NONCE))
+        host: Any = running.domains["default"].devices[b.devid]
+        steps: list[Any] = []
+        host._orders.then = steps.append
+        command = directory_of(b).claim_nowait(FourTuple(THERE, 80, HERE, 1, 0))
+        await eventually(lambda: steps)
+        host.connection.drop("it was slow")  # its driver looks for the last time, before the function is reset
+        steps[0]()
+        with pytest.raises(DeviceGoneError):
+            await blocking(lambda: command.wait())
+        assert await blocking(lambda: directory_of(a).retract(NONCE)) is True
+        await close(a, b)
 
 
 async def test_an_intent_that_was_sent_before_a_claim_is_found_by_it(tmp_path: Path) -> None:
