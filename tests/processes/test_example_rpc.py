@@ -1038,6 +1038,11 @@ async def test_an_argument_that_is_none_ends_only_its_call(value: bytes) -> None
 # -- the example as processes ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISM_SMC", "require")  # over TCP, a killed peer may look like one that has closed
+
+
 @contextlib.contextmanager
 def server(run_dir: Path) -> Any:  # noqa: F811
     with running(str(RPC / "server.py"), "0", run_dir=run_dir) as process:
@@ -1072,6 +1077,7 @@ trio.run(main)
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("shared_memory")
 def test_the_example_runs_as_its_first_lines_say(run_dir: Path) -> None:  # noqa: F811
     with server(run_dir) as (process, port):
         for number in (1, 2):
@@ -1091,6 +1097,7 @@ def test_the_example_runs_as_its_first_lines_say(run_dir: Path) -> None:  # noqa
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("shared_memory")
 def test_the_server_survives_a_client_that_is_killed_within_a_call(run_dir: Path) -> None:  # noqa: F811
     with server(run_dir) as (process, port):
         with running("-c", CLIENT, port, run_dir=run_dir) as client:
@@ -1105,6 +1112,7 @@ def test_the_server_survives_a_client_that_is_killed_within_a_call(run_dir: Path
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("shared_memory")
 def test_a_client_whose_server_is_killed_is_told(run_dir: Path) -> None:  # noqa: F811
     with server(run_dir) as (process, port), running("-c", CLIENT, port, run_dir=run_dir) as client:
         assert client.stdout is not None
@@ -1116,8 +1124,8 @@ def test_a_client_whose_server_is_killed_is_told(run_dir: Path) -> None:  # noqa
 
 
 @pytest.mark.processes
-def test_a_client_without_a_server_says_so_in_one_line(tmp_path: Path) -> None:
-    with running(str(RPC / "client.py"), "1", run_dir=tmp_path) as client:
+def test_a_client_without_a_server_says_so_in_one_line(run_dir: Path) -> None:  # noqa: F811
+    with running(str(RPC / "client.py"), "1", run_dir=run_dir) as client:
         output, errors = client.communicate(timeout=LIMIT_S)
         assert (output, client.returncode) == ("", 1)
         assert errors.startswith("client: ")
