@@ -88,7 +88,7 @@ class Request:
 
     @property
     def late(self) -> bool:
-        """Whether it is decided when it is completed: what other devices have asked for before should be done by then."""
+        """Whether it is decided when it is completed: what others have asked for before should be done by then."""
         return self._reply.late is not None
 
 
