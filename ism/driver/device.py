@@ -87,7 +87,7 @@ class Device(Function):
     def _set_up_queues(self, interrupts: bool) -> None:
         super()._set_up_queues(interrupts)
         if self._events is not None and IsmFeature.DIRECTORY in self.features:
-            self.directory = Directory(self.control, self._check_may_wait)
+            self.directory = Directory(self.control, self.check_usable, self._check_may_wait)
 
     def _deliver(self, event: Event | IntentEvent) -> None:
         if isinstance(event, IntentEvent):

@@ -74,9 +74,11 @@ class Directory:
     Attributes: `unknown_events` (events dropped because nobody listens for their nonce; a peer may cause them).
     """
 
-    def __init__(self, control: ControlQueue, check_may_wait: Callable[[], None]) -> None:
-        """Args: `check_may_wait`: raises where a command that waits must not be used."""
-        self._control, self._check_may_wait = control, check_may_wait
+    def __init__(
+        self, control: ControlQueue, check_usable: Callable[[], None], check_may_wait: Callable[[], None]
+    ) -> None:
+        """Args: `check_usable`, `check_may_wait`: raise where no command, or none that waits, may be used."""
+        self._control, self._check_usable, self._check_may_wait = control, check_usable, check_may_wait
         self._lock = threading.Lock()
         self._listeners: dict[int, OnIntent] = {}
         self.unknown_events = 0
@@ -229,6 +231,7 @@ class Directory:
             log.exception("a callback of the directory failed")
 
     def _command(self, command: DirectoryCommand, data: Struct, *, in_line: bool = True) -> Command:
+        self._check_usable()
         return self._control.submit(CommandClass.DIRECTORY, command, data, command.name, in_line=in_line)
 
     def _listener(

@@ -153,6 +153,8 @@ FORK = """
                 lambda: device.attach(own.token),
                 lambda: own.grant(0),
                 lambda: device.ring_slot(0),
+                lambda: device.directory.retract_nowait(1),
+                lambda: device.directory.withdraw(bytes(16), 1, 0),
             )
             for call in calls:
                 try:
