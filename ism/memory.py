@@ -16,7 +16,6 @@ import errno
 import fcntl
 import mmap
 import os
-import weakref
 from typing import Self
 
 PAGE_SIZE = mmap.PAGESIZE
@@ -25,9 +24,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _mmap = _libc.mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_munmap = _libc.munmap
-_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_munmap.restype = ctypes.c_int
 _mremap = _libc.mremap
 _mremap.restype = ctypes.c_void_p
 _mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
@@ -76,11 +72,17 @@ class Mapping:
     def _own(self, length: int, prot: int, flags: int, fd: int, file_offset: int) -> None:
         if length <= 0 or length % PAGE_SIZE:
             raise ValueError(f"mapping length {length} is not a positive multiple of the page size {PAGE_SIZE}")
-        self.address = _map(0, length, prot, flags, fd, file_offset)
-        self.length = length
-        exporter = (ctypes.c_char * length).from_address(self.address)
-        # the array, which every view refers to, owns the address range: not this object, not close()
-        weakref.finalize(exporter, _munmap, self.address, length).atexit = False
+        # The address range is that of an `mmap` object, which every view refers to and which unmaps it when it is
+        # deallocated. Not a finalizer: those of garbage in cycles run before other objects' `__del__`, which may
+        # still use the memory, or bring it back.
+        try:
+            owner = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        except (OSError, OverflowError) as exc:
+            code = getattr(exc, "errno", None) or errno.ENOMEM
+            raise OSError(code, f"mmap of {length} bytes failed: {os.strerror(code)}") from None
+        exporter = (ctypes.c_char * length).from_buffer(owner)
+        self.address, self.length = ctypes.addressof(exporter), length
+        _map(self.address, length, prot, flags | MAP_FIXED, fd, file_offset)
         self._exporter = exporter
         self.view = memoryview(exporter).cast("B")
 
