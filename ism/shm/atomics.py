@@ -86,6 +86,11 @@ def _pause(builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
         builder.call(_declare(builder, "llvm.x86.sse2.pause", _VOID, []), [])
 
 
+def _exchange(builder: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
+    result = builder.cmpxchg(_pointer(builder, args[0], _I64), args[1], args[2], "seq_cst", "seq_cst")
+    return builder.extract_value(result, 0)
+
+
 def _memcpy(builder: ir.IRBuilder, args: Sequence[ir.Value]) -> None:
     function = _declare(builder, "memcpy", _I8.as_pointer(), [_I8.as_pointer(), _I8.as_pointer(), _I64])
     builder.call(function, [_pointer(builder, args[0]), _pointer(builder, args[1]), args[2]])
@@ -144,6 +149,9 @@ store_release_u64 = _store_operation("store_release_u64", _I64, "release")
 store_release_u32 = _store_operation("store_release_u32", _I32, "release")
 store_relaxed_u32 = _store_operation("store_relaxed_u32", _I32, "monotonic")
 fence: Callable[[], None] = _operation("fence", (), returns=False, emit=_fence)
+compare_exchange_u64: Callable[[int, int, int], int] = _operation(
+    "compare_exchange_u64", ("address", "expected", "desired"), returns=True, emit=_exchange
+)
 pause: Callable[[], None] = _operation("pause", (), returns=False, emit=_pause)
 memcpy: Callable[[int, int, int], None] = _operation(
     "memcpy", ("destination", "source", "bytes"), returns=False, emit=_memcpy

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -66,6 +67,7 @@ class RxState(enum.IntEnum):
 _RX_STATES = tuple(RxState)
 
 
+@functools.cache
 def kernel_id() -> int:
     """Return a number for the running kernel, equal in all containers of one machine, other in each virtual machine.
 
@@ -81,7 +83,8 @@ def kernel_id() -> int:
 class Endpoint:
     """One end of a duplex connection: sends into `tx`, receives from `rx`.
 
-    Attributes: `rx_ring_bytes`, `tx_ring_bytes` (capacity of either direction).
+    Attributes: `rx_ring_bytes`, `tx_ring_bytes` (capacity of either direction), `lent` (whether a view of a ring was
+    ever given away, which may outlive the endpoint).
     """
 
     __slots__ = (
@@ -96,6 +99,7 @@ class Endpoint:
         "_tx",
         "_tx_view",
         "_words",
+        "lent",
         "rx_ring_bytes",
         "tx_ring_bytes",
     )
@@ -135,6 +139,7 @@ class Endpoint:
         self._doorbell = doorbell
         self._rx: Mapped | None = rx
         self._tx: Mapped | None = tx
+        self.lent = False
         self.rx_ring_bytes = rx.length - HEADER_BYTES
         self.tx_ring_bytes = tx.length - HEADER_BYTES
         self._rx_view = _ring_view(rx).toreadonly()
@@ -186,6 +191,7 @@ class Endpoint:
         Raises: RemoteProtocolError, LocalProtocolError (as `send`; also a negative `wanted`).
         """
         granted = self._command(self._kernels.reserve, wanted)
+        self.lent = True
         at = self._words[words.PRODUCER] % self.tx_ring_bytes
         return self._tx_view[at : at + granted]
 
@@ -250,7 +256,14 @@ class Endpoint:
             hostile peer can change them at any time: copy before checking what you then use.
         Raises: RemoteProtocolError, LocalProtocolError.
         """
-        unread = self._command(self._kernels.readable_bytes)
+        self.lent = True
+        return self._views(self._command(self._kernels.readable_bytes))
+
+    def peek_copy(self, max_bytes: int) -> bytes:
+        """Copy up to `max_bytes` of what can be read, without consuming it. Raises as `peek`."""
+        return b"".join(self._views(min(max_bytes, self._command(self._kernels.readable_bytes))))
+
+    def _views(self, unread: int) -> tuple[memoryview, ...]:
         if unread == 0:
             return ()
         at = self._words[words.CONSUMER] % self.rx_ring_bytes
@@ -365,15 +378,29 @@ class Endpoint:
         """Whether `close` was called."""
         return self._words[words.FATE] == words.SHUT
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End all use of the regions by this endpoint; later calls raise LocalProtocolError. Tells the peer nothing.
 
         The mappings are let go at once unless another thread is inside a call; lent views keep them mapped.
+
+        Returns: whether no thread is inside a call, so that this endpoint writes and reads nothing any more.
         """
         self._words[words.FATE] = words.SHUT
-        if not self._words[words.TX_BUSY] and not self._words[words.RX_BUSY]:
-            self._rx = self._tx = None
-            self._rx_view = self._tx_view = memoryview(b"")
+        if self._words[words.TX_BUSY] or self._words[words.RX_BUSY]:
+            return False
+        self._rx = self._tx = None
+        self._rx_view = self._tx_view = memoryview(b"")
+        return True
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes ever sent, also after `close`."""
+        return self._words[words.PRODUCER]
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes ever consumed, also after `close`."""
+        return self._words[words.CONSUMER]
 
     # Inside
 

@@ -19,6 +19,7 @@ HEADER_BYTES = 4096
 """Bytes before the ring: one page, so that the ring begins on a page of its own."""
 
 LINE_BYTES = 128
+WORDS_BYTES = 9 * LINE_BYTES
 """Distance between two words that different events change."""
 
 CDC_TYPE = 0xFE
@@ -45,6 +46,12 @@ class Header(Struct, size=HEADER_BYTES):
     next_token: int = field("Q", 7 * LINE_BYTES + 8, "token of the region that continues this stream")
     next_bytes: int = field("Q", 7 * LINE_BYTES + 16, "ring size in that region")
     next_cursor: int = field("Q", 7 * LINE_BYTES + 24, "producer cursor at which that region takes over")
+    offer_state: int = field("Q", 8 * LINE_BYTES, "0 none, 1 offered, 2 taken, 3 withdrawn: see `ism.shm.offer`")
+    offer_waits: int = field("Q", 8 * LINE_BYTES + 8, "1: the writer sleeps until the offer is taken")
+    offer_scope: int = field("Q", 8 * LINE_BYTES + 16, "network namespace of the offered TCP connection")
+    offer_local: bytes = field("16s", 8 * LINE_BYTES + 24, "writer's address of that connection")
+    offer_remote: bytes = field("16s", 8 * LINE_BYTES + 40, "owner's address")
+    offer_ports: int = field("I", 8 * LINE_BYTES + 56, "writer's port, and the owner's in the upper half")
 
 
 class Flags(enum.IntFlag):
@@ -61,6 +68,8 @@ class Flags(enum.IntFlag):
 STATE_FLAGS = int(Flags.DONE_WRITING | Flags.CLOSED | Flags.ABNORMAL_CLOSE)
 PRODUCER_FLAGS_SHIFT = 8
 """The producer flags of SMC-D (urgent data, write blocked) have bits 8-15 of `Header.flags`."""
+RELEASED = 0x01 << PRODUCER_FLAGS_SHIFT
+"""The writer's last store: it never writes this region again, which its owner may use anew. Not SMC-D's."""
 KNOWN_FLAGS = STATE_FLAGS | 0xFF << PRODUCER_FLAGS_SHIFT
 """Other bits are reserved: written as zero, ignored on reading."""
 

@@ -22,7 +22,7 @@ from numba import config
 from numba.core import event
 
 from ism.errors import FeatureMismatchError
-from ism.shm import park, ring
+from ism.shm import offer, park, ring
 from ism.shm.interop import NewObject, ReadableBuffer, RingState, WritableBuffer
 from ism.shm.jit import kernel, numba_types
 
@@ -37,7 +37,10 @@ Command = Callable[[int, int], int]
 
 
 class Kernels(NamedTuple):
-    """Compiled kernels as plain builtin functions. The first argument is always the address of the private words."""
+    """Compiled kernels as plain builtin functions.
+
+    The first argument is the address of the private words; of `exchange`, that of a shared word.
+    """
 
     send: Callable[[int, Any, int], int]
     recv: Callable[[int, int, int], bytes | None]
@@ -55,6 +58,7 @@ class Kernels(NamedTuple):
     park_writer: Command
     unpark: Command
     ring_if_parked: Command
+    exchange: Callable[[int, int, int], int]
 
 
 _SOURCES: dict[str, tuple[Callable[..., Any], Any]] = {
@@ -74,6 +78,7 @@ _SOURCES: dict[str, tuple[Callable[..., Any], Any]] = {
     "park_writer": (park.park_writer, _COMMAND),
     "unpark": (park.unpark, _COMMAND),
     "ring_if_parked": (park.ring_if_parked, _COMMAND),
+    "exchange": (offer.exchange, numba_types.int64(numba_types.int64, numba_types.int64, numba_types.int64)),
 }
 assert tuple(_SOURCES) == Kernels._fields
 

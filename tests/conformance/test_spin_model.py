@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SPIN models, of sleep and wake and of the decision about a connection: correct as written, and found wrong as
-soon as one part is removed."""
+"""The SPIN models, of sleep and wake, of the decision about a connection, of offers: correct as written, and found
+wrong as soon as one part is removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 MODELS = Path(__file__).parents[2] / "docs" / "models"
-PARK, DECISION = MODELS / "park.pml", MODELS / "decision.pml"
+PARK, DECISION, OFFER = MODELS / "park.pml", MODELS / "decision.pml", MODELS / "offer.pml"
 
 REMOVALS = [
     "NO_PUBLISH_FENCE",
@@ -38,6 +38,7 @@ DECISION_REMOVALS = [
     "NO_DROP",
     "NO_ANSWER",
 ]
+OFFER_REMOVALS = ["NO_EXCHANGE", "WITHDRAW_STORE", "NO_SLEEP_FENCE", "NO_LAST_LOOK", "ZERO_LATE", "OFFER_EARLY"]
 FENCES_X86_NEEDS = [name for name in REMOVALS if name.endswith("_FENCE")]
 
 pytestmark = pytest.mark.skipif(
@@ -115,3 +116,19 @@ def test_removing_one_part_of_the_decision_breaks_the_model(tmp_path: Path, remo
 
 def test_the_list_of_the_decision_s_removals_is_the_models() -> None:
     assert macros_of(DECISION) == set(DECISION_REMOVALS)
+
+
+# -- offers
+
+
+def test_both_ends_know_alike_what_became_of_an_offer(tmp_path: Path) -> None:
+    assert check(tmp_path, model=OFFER) == 0
+
+
+@pytest.mark.parametrize("removal", OFFER_REMOVALS)
+def test_removing_one_part_of_an_offer_breaks_the_model(tmp_path: Path, removal: str) -> None:
+    assert check(tmp_path, removal, model=OFFER) == 1
+
+
+def test_the_list_of_the_offer_s_removals_is_the_models() -> None:
+    assert macros_of(OFFER) == set(OFFER_REMOVALS)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offers: an idle pair of regions is offered for one TCP connection, and taken or withdrawn, by one shared word.
+
+The client of a coming connection writes its four-tuple into the header of a region that the server owns and that no
+connection uses, then sets the word to OFFERED. The server, when it accepts a connection of exactly that four-tuple,
+exchanges OFFERED for TAKEN; the client that waits no longer exchanges OFFERED for WITHDRAWN. A compare-and-exchange
+succeeds for one of the two, so both know the same, and nobody has to be asked.
+
+    client: four-tuple; full fence; state = OFFERED          server: state == OFFERED; full fence; four-tuple is mine?
+    client: waits = 1; full fence; TAKEN? else sleep         server: OFFERED -> TAKEN (a full fence); waits == 1? ring
+
+Either the server sees `waits`, or the client sees TAKEN. Both sides may write the page, and the other side is hostile:
+every field is read once; a false one costs the liar this one connection. What a value means is decided above.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Protocol
+
+from ism.shm.atomics import compare_exchange_u64
+from ism.shm.header import Header
+from ism.virtio import barrier
+
+NONE, OFFERED, TAKEN, WITHDRAWN = range(4)
+
+_STATE = Header.offset_of("offer_state")
+_WAITS = Header.offset_of("offer_waits")
+_TUPLE = slice(Header.offset_of("offer_scope"), Header.offset_of("offer_ports") + 4)
+_FORMAT = struct.Struct("<Q16s16sHH")
+assert _FORMAT.size == _TUPLE.stop - _TUPLE.start
+
+Exchange = Callable[[int, int, int], int]
+"""The compiled `exchange` (`ism.shm.load_kernels().exchange`)."""
+
+
+def exchange(address: int, expected: int, desired: int) -> int:
+    """Kernel: store `desired` at a word if it is `expected`; returns what it was. Sequentially consistent."""
+    return compare_exchange_u64(address, expected, desired)
+
+
+class SharedHeader(Protocol):
+    """A region that both sides may write; mapped for as long as it is used here."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def view(self) -> memoryview: ...
+
+
+def connection_bytes(scope: int, local: bytes, local_port: int, remote: bytes, remote_port: int) -> bytes:
+    """Encode a four-tuple as the client of the connection sees it; addresses of 16 bytes."""
+    return _FORMAT.pack(scope, local, remote, local_port, remote_port)
+
+
+def make(region: SharedHeader, connection: bytes) -> None:
+    """Offer, as the writer of a region that nobody else uses."""
+    region.view[_TUPLE] = connection
+    region.view[_WAITS : _WAITS + 8] = bytes(8)
+    barrier.full()
+    region.view[_STATE : _STATE + 8].cast("Q")[0] = OFFERED
+
+
+def state(region: SharedHeader) -> int:
+    """Read how an offer stands. Ordering: acquire."""
+    value: int = region.view[_STATE : _STATE + 8].cast("Q")[0]
+    barrier.full()
+    return value
+
+
+def wait(region: SharedHeader) -> bool:
+    """Say that the client sleeps until the offer is taken; tell whether it may (it is offered still)."""
+    region.view[_WAITS : _WAITS + 8].cast("Q")[0] = 1
+    barrier.full()
+    return state(region) == OFFERED
+
+
+def withdraw(region: SharedHeader, kernel: Exchange) -> bool:
+    """Take an offer back; False: it is taken."""
+    return kernel(region.address + _STATE, OFFERED, WITHDRAWN) != TAKEN
+
+
+def matches(region: SharedHeader, connection: bytes) -> bool:
+    """Whether exactly this connection is offered, for the owner of the region."""
+    return state(region) == OFFERED and bytes(region.view[_TUPLE]) == connection
+
+
+def take(region: SharedHeader, kernel: Exchange) -> bool:
+    """Take an offer that matches; False: it was withdrawn in time."""
+    return kernel(region.address + _STATE, OFFERED, TAKEN) == OFFERED
+
+
+def client_sleeps(region: SharedHeader) -> bool:
+    """Whether the client must be rung, after `take`."""
+    sleeps: int = region.view[_WAITS : _WAITS + 8].cast("Q")[0]
+    return sleeps == 1
