@@ -155,6 +155,12 @@ class Device(Function):
         with self._lock:
             return bool(self._held)
 
+    @property
+    def free_window(self) -> int:
+        """Bytes of the window in which no region of this device is; those about to be let go count as free."""
+        with self._lock:
+            return self._caps.regions.length - sum(held.mapping.length for held in self._held.values())
+
     def alloc(self, size: int, *, interrupt: bool = True, grants: Grants = ()) -> Region:
         """Make a new region, zero-filled, owned by this device; nobody else may attach until granted.
 

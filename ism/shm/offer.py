@@ -54,12 +54,22 @@ def connection_bytes(scope: int, local: bytes, local_port: int, remote: bytes, r
     return _FORMAT.pack(scope, local, remote, local_port, remote_port)
 
 
-def make(region: SharedHeader, connection: bytes) -> None:
-    """Offer, as the writer of a region that nobody else uses."""
+def make(region: SharedHeader, connection: bytes, kernel: Exchange) -> bool:
+    """Offer, as the writer of a region that no connection uses; False: its owner is giving it to another connection."""
     region.view[_TUPLE] = connection
     region.view[_WAITS : _WAITS + 8] = bytes(8)
     barrier.full()
-    region.view[_STATE : _STATE + 8].cast("Q")[0] = OFFERED
+    return kernel(region.address + _STATE, NONE, OFFERED) == NONE
+
+
+def reset(region: SharedHeader) -> None:
+    """Make a region free to be offered, as its owner, while its writer cannot know yet that it is."""
+    region.view[_STATE : _STATE + 8].cast("Q")[0] = NONE
+
+
+def reserve(region: SharedHeader, kernel: Exchange) -> bool:
+    """Keep a region from being offered, as its owner, who zeroes it then; False: it is offered."""
+    return kernel(region.address + _STATE, NONE, WITHDRAWN) != OFFERED
 
 
 def state(region: SharedHeader) -> int:
@@ -93,5 +103,6 @@ def take(region: SharedHeader, kernel: Exchange) -> bool:
 
 def client_sleeps(region: SharedHeader) -> bool:
     """Whether the client must be rung, after `take`."""
+    barrier.full()  # on arm64 the exchange alone does not order its store before this load
     sleeps: int = region.view[_WAITS : _WAITS + 8].cast("Q")[0]
     return sleeps == 1

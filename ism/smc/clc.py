@@ -11,6 +11,7 @@ bytes are ignored, and anything else is `HandshakeError`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -80,6 +81,7 @@ class Header(_Wire, size=HEADER_SIZE):
 class ProposalHead(Header, size=80):
     """Fixed part of a PROPOSAL of version 2; the SMC-R and version 1 fields are zero and not listed."""
 
+    peer_id: int = field("Q", 8, "nonce of the client's intent in the directory; 0 without one")
     ip_area_offset: int = field("H", 38, "IP prefix area, bytes from 40; 0 without one", default=0)
     v2_offset: int = field("H", 50, "version 2 extension, bytes from 52; 0 without one")
 
@@ -136,6 +138,7 @@ class FirstContactV21(FirstContactHead, size=52):
 class DeclineV1(Header, size=24):
     """DECLINE of version 1, without its trailer."""
 
+    peer_id: int = field("Q", 8, "nonce of the client's intent in the directory; 0 without one")
     diagnosis: int = field("I", 16, "diagnosis code")
 
 
@@ -181,7 +184,8 @@ class Proposal:
 
     Attributes: `offers` (in the client's order), `eids` (likewise; text that is no EID shows "?" and matches
     nothing), `release` and `features` of the client, `version` of the message, `absent` (why the message offers
-    no SMC-D version 2 at all; None when it does).
+    no SMC-D version 2 at all; None when it does), `nonce` (of the directory's intent, in the field of the SMC-R
+    peer id; 0 without one).
     """
 
     kind: ClassVar[MessageType] = MessageType.PROPOSAL
@@ -191,6 +195,7 @@ class Proposal:
     features: int = FEATURE_EMULATED_ISM
     version: int = VERSION
     absent: Diagnosis | None = None
+    nonce: int = dataclasses.field(default=0, compare=False)
 
     def encode(self) -> bytes:
         """Return the message: SMC-D version 2 only, no IP area, no system EID.
@@ -220,6 +225,7 @@ class Proposal:
             kind=self.kind,
             length=ProposalHead.SIZE + sum(map(len, parts)),
             flags=_flags(VERSION, TYPE_D, TYPE_NONE),
+            peer_id=self.nonce,
             v2_offset=ProposalHead.SIZE - _V2_BASE,
         )
         return b"".join([head.pack(), *parts])
@@ -307,12 +313,16 @@ class ForeignAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Decline:
-    """Either side's way out: the TCP connection carries the data. `diagnosis` may be any 32-bit number."""
+    """Either side's way out: the TCP connection carries the data. `diagnosis` may be any 32-bit number.
+
+    `nonce`: of the directory's intent, as in `Proposal`.
+    """
 
     kind: ClassVar[MessageType] = MessageType.DECLINE
     diagnosis: int
     out_of_sync: bool = False
     version: int = VERSION
+    nonce: int = dataclasses.field(default=0, compare=False)
 
     def encode(self) -> bytes:
         """Return the message, 44 bytes, or 28 in version 1."""
@@ -320,13 +330,18 @@ class Decline:
         if self.version == 1:
             length = DeclineV1.SIZE + TRAILER_SIZE
             head: DeclineV1 = DeclineV1(
-                kind=self.kind, length=length, flags=_flags(1, 0, 0) | sync, diagnosis=self.diagnosis
+                kind=self.kind,
+                length=length,
+                flags=_flags(1, 0, 0) | sync,
+                peer_id=self.nonce,
+                diagnosis=self.diagnosis,
             )
         else:
             head = DeclineV2(
                 kind=self.kind,
                 length=DeclineV2.SIZE + TRAILER_SIZE,
                 flags=_flags(VERSION, 0, 0) | sync,
+                peer_id=self.nonce,
                 diagnosis=self.diagnosis,
                 os=OS_LINUX << 4,
             )
@@ -376,10 +391,12 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
     head = Header.unpack(raw)
     kind, version = MessageType(head.kind), head.flags >> 4
     if kind is MessageType.DECLINE:
+        decline = DeclineV1.unpack(raw)
         return Decline(
-            diagnosis=DeclineV1.unpack(raw).diagnosis,
+            diagnosis=decline.diagnosis,
             out_of_sync=bool(head.flags & OUT_OF_SYNC),
             version=version,
+            nonce=decline.peer_id,
         )
     if raw[-TRAILER_SIZE:] not in EYECATCHERS:
         raise HandshakeError(f"{kind.name} ends with {raw[-TRAILER_SIZE:].hex()}, not with an eyecatcher")
@@ -390,6 +407,26 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
     if version == 1:
         return ForeignAnswer(kind=kind, code=Diagnosis.VERSMISMAT)
     return _decode_answer(raw, Accept if kind is MessageType.ACCEPT else Confirm)
+
+
+NONCE_END = 16
+"""A message that carries a nonce has shown it after so many bytes."""
+
+
+def carries_nonce(first: bytes, nonce: int) -> bool | None:
+    """Tell whether bytes begin a PROPOSAL or DECLINE with the given nonce, which only the one who was told it can send.
+
+    Args:
+        first: what has come so far, at least one byte.
+        nonce: 1..2**64-1, known to both ends through the device manager and to nobody else.
+    Returns: None while it cannot be told: `NONCE_END` bytes always tell.
+    """
+    if first[:4] not in (SMCR[: len(first)], SMCD[: len(first)]):
+        return False
+    if len(first) < NONCE_END:
+        return None
+    kind = first[4]
+    return kind in (MessageType.PROPOSAL, MessageType.DECLINE) and first[8:NONCE_END] == nonce.to_bytes(8)
 
 
 class MessageReader:
@@ -403,6 +440,11 @@ class MessageReader:
     def bytes_wanted(self) -> int:
         """How many bytes to read next at most: the rest of the header, then the rest of the message."""
         return self._length - len(self._data)
+
+    @property
+    def in_message(self) -> bool:
+        """Whether a message has begun to come, and its rest has not."""
+        return bool(self._data)
 
     def feed(self, data: bytes | bytearray | memoryview) -> Message | None:
         """Take bytes from the peer; return the message they complete, else None.
@@ -516,7 +558,7 @@ def _decode_proposal_v2(raw: bytes, flags: int) -> Proposal:
         at += size
     if at != end:
         raise HandshakeError(f"PROPOSAL of {len(raw)} bytes whose parts end at {at}")
-    return Proposal(offers=offers, eids=eids, release=release, features=features, absent=absent)
+    return Proposal(offers=offers, eids=eids, release=release, features=features, absent=absent, nonce=head.peer_id)
 
 
 def _offers(raw: bytes, start: int, count: int) -> tuple[Offer, ...]:

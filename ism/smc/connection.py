@@ -8,9 +8,12 @@ tries again. Two sleepers, one reading and one writing, share the descriptor: on
 How the end is noticed. The peer publishes DONE_WRITING, CLOSED or ABNORMAL_CLOSE in this side's region before it lets
 go; a peer that dies cannot, but its kernel closes the TCP connection underneath, and its device detaches. The driver's
 service thread watches both and makes the descriptor readable. `peer_gone` is looked at before the flags, the flags
-before the producer cursor: so nothing is reported before the bytes and flags that came before it.
+before the producer cursor: so nothing is reported before the bytes and flags that came before it. Only the end of the
+TCP connection counts: bytes on it after the handshake (the ballast byte of each side, urgent data) are no business of
+this module.
 
-How it is let go. The driver and the service thread hold a connection weakly: one that is dropped without `close` is
+How it is let go. With a clean close both regions go to the link group (`group`), for the next connection with the same
+peer. The driver and the service thread hold a connection weakly: one that is dropped without `close` is
 closed all the same, from a thread of its own, since a destructor may run anywhere, also inside the driver's locks.
 After a fork the connection stays the parent's; the child's copy is dead and touches nothing that is shared.
 """
@@ -34,11 +37,15 @@ from ism.driver.events import Event
 from ism.errors import IsmError, LocalProtocolError, ProtocolError, RemoteProtocolError
 from ism.eventfd import drain
 from ism.memory import PAGE_SIZE, Mapping
-from ism.shm import HEADER_BYTES, Endpoint, RxState
-from ism.shm.header import FLAGS
+from ism.shm import HEADER_BYTES, Endpoint, RxState, offer
+from ism.shm.header import FLAGS, Flags
+from ism.smc.group import Address, link_groups
 from ism.smc.handshake_machine import PeerAnswer
 from ism.smc.states import ConnectionStates, Outcome, State, Step
 from ism.virtio.ism_spec import EventType
+
+_REATTACH_S = 0.05
+"""How long after a DETACH the peer's ATTACH may come: the device has sent both by the time a connection begins."""
 
 _live: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -91,17 +98,21 @@ class Connection:
     """A connection over two regions. Not thread-safe beyond one sender and one receiver, and `close` from anywhere.
 
     Attributes: `peer` (what the peer said of itself), `endpoint` (for zero-copy use), `rx`, `tx` (regions), `fd`
-    (see `fileno`).
+    (see `fileno`), `client_side` (this side has connected), `client_address` (of the client, when the manager has said
+    that it is the peer's), `closed_first` (this side has closed in good order, before the peer did).
     """
 
-    def __init__(self, tcp: HasFileno, rx: Region, tx: Region | Nowhere, peer: PeerAnswer) -> None:
+    def __init__(
+        self, tcp: HasFileno, rx: Region, tx: Region | Nowhere, peer: PeerAnswer, *, client_side: bool = False
+    ) -> None:
         """Take over both regions; the TCP socket stays the caller's, who closes it after `close`.
 
         Args: `tx`: `Nowhere` when the region that the peer named does not exist (any more), as when it sent, and closed
             or died, before this side came to attach it: what it sent is received as ever, and then its end.
         Raises: ValueError (a region too small for a ring), StaleRegionError; then the regions stay the caller's.
         """
-        self.peer, self.rx, self.tx = peer, rx, tx
+        self.peer, self.rx, self.tx, self.client_side = peer, rx, tx, client_side
+        self.client_address: Address | None = None
         self._tcp, self._tcp_fd = tcp, tcp.fileno()
         self._service = rx.device.service
         self._pid = os.getpid()
@@ -118,17 +129,21 @@ class Connection:
         self.endpoint = Endpoint(rx, tx, doorbell=self._doorbell)
         self._flags_word = rx.view[FLAGS : FLAGS + 4].cast("I")
         self._flags_seen = 0
+        self._outcome_seen = Outcome.GOES
         self._closed = False
+        self._spoilt = self._was_reset = self._detached = False
+        self._read_ended = self._write_ended = False
+        self.closed_first = False
 
     def start(self) -> None:
         """Enter the established state and begin to watch for the peer's end.
 
         Raises: OSError (EBADF: the socket was closed), DeviceGoneError.
         """
-        self.rx.device.check_usable()
+        # not whether the device is gone: the peer counts on the connection by now, and regions work without it
         if self._tcp.fileno() != self._tcp_fd or self._tcp_fd < 0:
             raise os_error(Outcome.EBADF)
-        self._service.add(self._tcp_fd, _weak(self._on_tcp, keep=self._tcp))
+        self._service.add(self._tcp_fd, _weak(self._on_tcp, keep=self._tcp), hangup_only=True)
         self._started = True
         self.rx.on_event(_weak(self._on_event))
         self._take(self._states.established())
@@ -137,23 +152,36 @@ class Connection:
     # -- service thread -----------------------------------------------------------------------------------------
 
     def _on_tcp(self) -> None:
-        """Nothing is ever sent over TCP after the handshake: whatever comes is the end of the peer."""
+        """The TCP connection ended, or was reset: the end of the peer."""
         with self._end_lock:
-            if self._closed or not _readable(self._tcp_fd):
+            if self._closed or not hung_up(self._tcp_fd):
                 return  # what woke us was about an earlier socket of the same number
             self._service.remove(self._tcp_fd)
-            self._note_gone()
+        self._note_gone()  # whoever is told takes locks of its own
 
     def _on_event(self, event: Event) -> None:
-        if event.kind == EventType.DETACH and event.devid == self.peer.devid:
+        if event.devid != self.peer.devid:
+            return
+        if event.kind == EventType.ATTACH:
+            self._detached = False
+        elif event.kind == EventType.DETACH:
+            # it may be of an earlier connection over this region: then the ATTACH for this one is on its way
+            self._detached = True
+            later = threading.Timer(_REATTACH_S, _weak(self._note_detached))
+            later.daemon = True
+            try:
+                later.start()
+            except RuntimeError:
+                self._note_detached()
+
+    def _note_detached(self) -> None:
+        if self._detached and not self._closed:
+            self._spoilt = True  # nobody is left to share the region with
             self._note_gone()
 
     def _note_gone(self) -> None:
         self._peer_gone = True
-        self.rx.wake()
-        wake = self._local_wake
-        if wake is not None:
-            wake()
+        self._wake_locally()
 
     def on_peer_gone(self, wake: Callable[[], None]) -> None:
         """Call `wake` from the driver's thread when the peer is gone.
@@ -180,9 +208,46 @@ class Connection:
                 self._flags_seen = flags
                 self._publish(self._take(self._states.receive_flags(flags)))
             if gone:
+                if not flags and self._never_met():
+                    self._spoilt = True
+                    self._take(self._states.receive_flags(Flags.DONE_WRITING | Flags.CLOSED))
                 self._publish(self._take(self._states.peer_gone()))
 
+    def _never_met(self) -> bool:
+        """Whether the peer ended before it used its side, and before anything was sent to it: in TCP that is an end."""
+        hello = int.from_bytes(self.rx.view[:8], "little")
+        unsent = not isinstance(self.tx, Nowhere) and not self.endpoint.sent_bytes
+        return not hello and unsent and self._states.state is State.ACTIVE
+
+    @property
+    def state(self) -> State:
+        """The state as far as it is known here; the peer's flags are looked at when bytes are sent or received."""
+        return self._states.state
+
+    @property
+    def reset_seen(self) -> bool:
+        """Whether the connection has ended in a reset, or by a failure of this side, as far as is known here."""
+        return self._was_reset
+
+    @property
+    def peer_finished(self) -> bool:
+        """Whether the peer has said that it sends no more."""
+        if not self._closed:
+            with contextlib.suppress(ProtocolError):
+                self._look()
+        return bool(self._flags_seen & Flags.DONE_WRITING)
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether TCP would call the socket not connected: it was reset, or both sides have finished writing."""
+        if not self._closed and not self._was_reset:
+            with contextlib.suppress(ProtocolError):
+                self._look()
+        reset = self._was_reset or self._states.state in (State.PROCESSABORT, State.PEERABORTWAIT)
+        return reset or bool(self._flags_seen & Flags.ABNORMAL_CLOSE) or (self._write_ended and self._flags_seen != 0)
+
     def _raise(self, outcome: Outcome) -> None:
+        self._was_reset = self._was_reset or outcome in (Outcome.ECONNRESET, Outcome.ECONNABORTED)
         with self._state_lock:
             if self._states.state in (State.PROCESSABORT, State.PEERABORTWAIT):
                 self._take(self._states.error_reported())
@@ -190,6 +255,7 @@ class Connection:
 
     def _fail(self) -> None:
         """This side cannot go on: abort, and tell the peer."""
+        self._spoilt = True
         with self._state_lock:
             self._publish(self._take(self._states.fail()))
 
@@ -246,8 +312,8 @@ class Connection:
         if self._send_outcome is not Outcome.GOES:
             self._raise(self._send_outcome)
 
-    def recv(self, max_bytes: int) -> bytes | None:
-        """Copy out up to `max_bytes` (1 or more).
+    def recv(self, max_bytes: int, wait: bool = True) -> bytes | None:
+        """Copy out up to `max_bytes` (1 or more); spin a little when there are none, unless `wait` is False.
 
         Returns: bytes; b"" at the end of the stream; None when nothing is there yet.
         Raises: OSError (ECONNRESET, ECONNABORTED, EBADF), once all bytes that came before were read.
@@ -256,29 +322,96 @@ class Connection:
             raise os_error(Outcome.EBADF)
         try:
             while True:
-                data = self.endpoint.recv(max_bytes)
+                data = self.endpoint.recv(max_bytes, wait)
                 if data is not None:
                     if self._closed:  # by another thread: the bytes may be those of the pages put in place
                         raise os_error(Outcome.EBADF)
                     return data
-                self._look()
-                outcome = self._receive_outcome  # before the ring: a sender's thread may learn of the end meanwhile
-                if self.endpoint.rx_state() != RxState.DATA:
+                if self._nothing_more():
                     break
         except ProtocolError as exc:
             self._refuse(exc)
+        return b"" if self._at_end() else None
+
+    def recv_into(self, buffer: Any, wait: bool = True) -> int | None:
+        """Copy what is there into a writable contiguous buffer, of at least one byte.
+
+        Returns: bytes; 0 at the end of the stream; None when nothing is there yet.
+        Raises: as `recv`; TypeError, BufferError, ValueError when the buffer cannot be written in place.
+        """
+        if self._closed:
+            raise os_error(Outcome.EBADF)
+        try:
+            while True:
+                count = self.endpoint.recv_into(buffer, wait)
+                if count:
+                    if self._closed:
+                        raise os_error(Outcome.EBADF)
+                    return count
+                if self._nothing_more():
+                    break
+        except ProtocolError as exc:
+            self._refuse(exc)
+        return 0 if self._at_end() else None
+
+    def peek(self, max_bytes: int) -> bytes | None:
+        """Copy up to `max_bytes` without consuming them. Returns and raises as `recv`."""
+        if self._closed:
+            raise os_error(Outcome.EBADF)
+        try:
+            while True:
+                data = self.endpoint.peek_copy(max_bytes)
+                if data:
+                    return data
+                if self._nothing_more():
+                    break
+        except ProtocolError as exc:
+            self._refuse(exc)
+        return b"" if self._at_end() else None
+
+    def readable(self) -> bool:
+        """Whether a receive would give bytes, the end or an error at once. Raises nothing."""
+        try:
+            if self._closed or self.endpoint.readable_bytes() > 0:
+                return True
+            self._look()
+            return self._receive_outcome is not Outcome.GOES or self.endpoint.rx_state() != RxState.EMPTY
+        except ProtocolError:
+            return True
+
+    def _nothing_more(self) -> bool:
+        """Whether the ring is empty still, after the state was brought up to date; sets the outcome to go by."""
+        self._look()
+        self._outcome_seen = self._receive_outcome  # before the ring: a sender's thread may learn of the end meanwhile
+        return self.endpoint.rx_state() != RxState.DATA
+
+    def _at_end(self) -> bool:
+        """Whether the stream has ended; False: more may come. Raises what the end was if it was none of files."""
+        outcome = self._outcome_seen
         if outcome is Outcome.GOES:
-            return None
-        if outcome is not Outcome.EOF:
+            return self._read_ended
+        if outcome is not Outcome.EOF and not self._read_ended:
             self._raise(outcome)
-        return b""
+        return True
 
     def shutdown_write(self) -> None:
         """Tell the peer that no more bytes come. Raises OSError (EBADF, ENOTCONN)."""
         with self._state_lock:
             if self._closed:
                 raise os_error(Outcome.EBADF)
+            self._write_ended = True
             self._publish(self._take(self._states.shutdown_wr()))
+
+    def shutdown_read(self) -> None:
+        """Receive what is there, then the end; the peer is not told, and whoever waits here is woken."""
+        self._read_ended = True
+        self._wake_locally()
+
+    def _wake_locally(self) -> None:
+        self.rx.wake()
+        wake = self._local_wake
+        if wake is not None:
+            wake()
 
     # -- waiting ------------------------------------------------------------------------------------------------
 
@@ -301,7 +434,7 @@ class Connection:
             self._doorbell()  # does it go to the peer directly, or did it need the device?
         if self._doorbell.lost is not None:
             self._fail()  # neither side can wake the other any more: so none may sleep
-        elif not self._peer_gone:
+        elif not self._peer_gone and not self._read_ended:
             return True
         unpark()
         return False
@@ -342,6 +475,10 @@ class Connection:
                     abort = True
                 except LocalProtocolError:
                     pass  # a receive is under way in another thread: what there is, is its
+            if not abort and self._started:
+                with contextlib.suppress(ProtocolError):
+                    self._look()
+                self.closed_first = not self._peer_gone and not self._flags_seen & Flags.CLOSED
             self._publish(self._take(self._states.close(abort=abort)))
             with self._end_lock:
                 self._closed = True
@@ -352,9 +489,20 @@ class Connection:
             self.rx.on_event(None)
         self._flags_word = memoryview(bytes(4)).cast("I")
         self._local_wake = None
-        self.endpoint.close()
-        self.tx.close()
-        self.rx.close()
+        quiet = self.endpoint.close() and not self.endpoint.lent
+        self._let_go(reusable=quiet and self._started and not self._spoilt and not self._detached)
+
+    def _let_go(self, *, reusable: bool) -> None:
+        rx, tx = self.rx, self.tx
+        if not reusable or not isinstance(tx, Region) or rx.device.gone is not None or rx.closed or tx.closed:
+            tx.close()
+            rx.close()
+            return
+        rx.wake()  # whoever sleeps on it must see that this is over
+        offer.reset(rx)  # before the peer can know that it may offer the pair again
+        link_groups(rx.device).keep(
+            self.peer.devid, rx, tx, self.peer, client=self.client_side, address=self.client_address
+        )
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and self._pid == os.getpid():
@@ -362,10 +510,10 @@ class Connection:
             _thread.start_new_thread(self.close, ())
 
 
-def _readable(fd: int) -> bool:
-    """Whether a read of the descriptor would give bytes, the end or an error at once."""
+def hung_up(fd: int) -> bool:
+    """Whether the other side of a TCP connection has ended it."""
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
+    poll.register(fd, select.POLLRDHUP)
     return bool(poll.poll(0))
 
 
@@ -392,4 +540,12 @@ def _close_all() -> None:
             connection.close()
 
 
-os.register_at_fork(after_in_child=_live.clear)
+def _after_fork() -> None:
+    """The connections are the parent's: here they are closed, and nothing that is shared is touched."""
+    for connection in list(_live):
+        connection._closed, connection._send_outcome = True, Outcome.EBADF
+        connection._state_lock, connection._end_lock = threading.RLock(), threading.Lock()  # held by nobody here
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

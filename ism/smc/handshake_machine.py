@@ -239,8 +239,9 @@ class _Handshake(ABC):
 
     TABLE: ClassVar[Mapping[State, Mapping[Event, State]]]
 
-    def __init__(self, identity: Identity) -> None:
-        self._identity = identity
+    def __init__(self, identity: Identity, nonce: int = 0) -> None:
+        """Args: `nonce`: of the intent by which the directory brought the two ends together; 0 without one."""
+        self._identity, self._nonce = identity, nonce
         self._state = State.START
         self._reader = MessageReader()
         self._heard = False
@@ -266,6 +267,11 @@ class _Handshake(ABC):
         """How many bytes to read from TCP next, at most; 0 when none of what follows is the handshake's (yet)."""
         waits = any(event in self.TABLE[self._state] for event in _RECEIVE.values())
         return self._reader.bytes_wanted if waits else 0
+
+    @property
+    def in_message(self) -> bool:
+        """Whether a message of the peer has begun to come, and its rest has not."""
+        return self._reader.in_message
 
     def receive(self, data: bytes | bytearray | memoryview) -> HandshakeEvent | None:
         """Take bytes from the peer.
@@ -339,7 +345,7 @@ class _Handshake(ABC):
 
     def _decline_message(self, code: Diagnosis) -> bytes:
         sync = code is Diagnosis.SYNCERR
-        return Decline(diagnosis=code, out_of_sync=sync, version=self._peer_version).encode()
+        return Decline(diagnosis=code, out_of_sync=sync, version=self._peer_version, nonce=self._nonce).encode()
 
     def _must_decline(self, code: Diagnosis) -> MustDecline:
         self._move(Event.RECEIVE_UNUSABLE)
@@ -362,8 +368,8 @@ class ClientHandshake(_Handshake):
 
     TABLE = CLIENT
 
-    def __init__(self, identity: Identity) -> None:
-        super().__init__(identity)
+    def __init__(self, identity: Identity, nonce: int = 0) -> None:
+        super().__init__(identity, nonce)
         self._accept: Accept | None = None
 
     def start(self) -> bytes:
@@ -375,7 +381,7 @@ class ClientHandshake(_Handshake):
         self._move(Event.SEND_PROPOSAL)
         me = self._identity
         offer = Offer(gid=me.gid, devid=me.devid, chid=me.chid)
-        return Proposal(offers=(offer,), eids=me.eids).encode()
+        return Proposal(offers=(offer,), eids=me.eids, nonce=self._nonce).encode()
 
     def confirm(self, token: Token, size: int) -> bytes:
         """Return the CONFIRM to write at once; from then on the connection is shared memory.
@@ -439,8 +445,8 @@ class ServerHandshake(_Handshake):
 
     TABLE = SERVER
 
-    def __init__(self, identity: Identity) -> None:
-        super().__init__(identity)
+    def __init__(self, identity: Identity, nonce: int = 0) -> None:
+        super().__init__(identity, nonce)
         self._proposed: Proposed | None = None
         self._candidate: Offer | None = None
         self._accept: Accept | None = None

@@ -25,7 +25,7 @@ def exchange(address: int, expected: int, desired: int) -> int:
 def test_an_offer_is_found_by_exactly_its_connection() -> None:
     page = Mapping(PAGE_SIZE)
     assert not offer.matches(page, CONNECTION)
-    offer.make(page, CONNECTION)
+    assert offer.make(page, CONNECTION, exchange)
     assert offer.matches(page, CONNECTION)
     for other in (
         offer.connection_bytes(8, ADDRESSES[0], 40000, ADDRESSES[1], 80),
@@ -39,12 +39,13 @@ def test_an_offer_is_found_by_exactly_its_connection() -> None:
 
 def test_the_first_of_taking_and_withdrawing_counts() -> None:
     page = Mapping(PAGE_SIZE)
-    offer.make(page, CONNECTION)
+    assert offer.make(page, CONNECTION, exchange)
     assert offer.take(page, exchange)
     assert not offer.withdraw(page, exchange)
     assert offer.state(page) == offer.TAKEN
     assert not offer.take(page, exchange)
-    offer.make(page, CONNECTION)
+    offer.reset(page)
+    assert offer.make(page, CONNECTION, exchange)
     assert offer.withdraw(page, exchange)
     assert not offer.take(page, exchange)
     assert not offer.matches(page, CONNECTION)
@@ -52,14 +53,14 @@ def test_the_first_of_taking_and_withdrawing_counts() -> None:
 
 def test_an_offer_whose_region_was_given_away_is_withdrawn() -> None:
     page = Mapping(PAGE_SIZE)
-    offer.make(page, CONNECTION)
+    assert offer.make(page, CONNECTION, exchange)
     page.view[:] = bytes(PAGE_SIZE)
     assert offer.withdraw(page, exchange)
 
 
 def test_a_client_that_sleeps_says_so_and_looks_again() -> None:
     page = Mapping(PAGE_SIZE)
-    offer.make(page, CONNECTION)
+    assert offer.make(page, CONNECTION, exchange)
     assert not offer.client_sleeps(page)
     assert offer.wait(page)
     assert offer.client_sleeps(page)
@@ -71,7 +72,8 @@ def test_two_threads_at_once_never_both_succeed() -> None:
     page = Mapping(PAGE_SIZE)
     load_kernels()
     for _ in range(ROUNDS):
-        offer.make(page, CONNECTION)
+        offer.reset(page)
+        assert offer.make(page, CONNECTION, exchange)
         ready, results = threading.Barrier(2), {}
 
         def run(name: str, act: object, ready: threading.Barrier = ready, results: dict[str, bool] = results) -> None:
@@ -97,3 +99,12 @@ def test_whatever_a_peer_writes_there_only_its_own_connection_is_matched(line: b
     state, connection = line[:8], line[16:60]
     assert offer.matches(page, connection) == (state == offer.OFFERED.to_bytes(8, "little"))
     assert offer.take(page, exchange) == (state == offer.OFFERED.to_bytes(8, "little"))
+
+
+def test_a_region_that_its_owner_gives_away_cannot_be_offered_nor_an_offered_one_be_given_away() -> None:
+    page = Mapping(PAGE_SIZE)
+    assert offer.reserve(page, exchange)
+    assert not offer.make(page, CONNECTION, exchange)
+    offer.reset(page)
+    assert offer.make(page, CONNECTION, exchange)
+    assert not offer.reserve(page, exchange)
