@@ -18,7 +18,7 @@ from harness import manager, run, table
 from ism.driver import Device, open_device
 from ism.perf.compare import far_end
 from ism.smc import open_tcp_stream
-from ism.smc.default import default_device
+from ism.smc.trio_wait import default_device
 from ism.virtio.ism_spec import Permission
 
 _SHARE = Permission.READ | Permission.WRITE | Permission.ATTACH
@@ -50,7 +50,7 @@ async def connections(port: int, count: int) -> list[float]:
     times = []
     for _ in range(count):
         start = time.perf_counter()
-        async with await open_tcp_stream("127.0.0.1", port) as stream:
+        async with await open_tcp_stream("127.0.0.1", port, smc="require") as stream:
             await stream.do_handshake()
             times.append(time.perf_counter() - start)
     return times

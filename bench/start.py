@@ -26,7 +26,7 @@ import ism.smc
 from ism.perf import workloads
 
 async def main():
-    async with await ism.smc.open_tcp_stream("127.0.0.1", {port}) as stream:
+    async with await ism.smc.open_tcp_stream("127.0.0.1", {port}, smc="require") as stream:
         await workloads.ping_pong(stream, size=1, rounds=1, warm_up=0)
         print(time.perf_counter() - start)
 

@@ -20,7 +20,7 @@ import trio
 
 from ism.perf.workloads import receive_exactly
 from ism.smc import SmcStream, open_tcp_listeners, open_tcp_stream
-from ism.smc.default import default_device
+from ism.smc.trio_wait import default_device
 
 _CHUNK = 1 << 18
 _REPORT_S = 0.05
@@ -33,7 +33,7 @@ def _say(**values: object) -> None:
 async def receive() -> None:
     """Receive one file and report its hash."""
     await default_device()
-    (listener,) = await open_tcp_listeners(0, host="127.0.0.1")
+    (listener,) = await open_tcp_listeners(0, host="127.0.0.1", smc="require")
     async with listener:
         _say(port=listener.socket.getsockname()[1])
         stream = await listener.accept()
@@ -60,7 +60,7 @@ async def _receive_file(stream: SmcStream) -> None:
 async def send(port: int, path: Path) -> None:
     """Send one file and report its hash."""
     digest = hashlib.sha256()
-    async with await open_tcp_stream("127.0.0.1", port) as stream:
+    async with await open_tcp_stream("127.0.0.1", port, smc="require") as stream:
         with path.open("rb") as file:
             await stream.send_all(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             while data := file.read(_CHUNK):

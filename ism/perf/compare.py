@@ -107,7 +107,7 @@ class Comparison:
 async def _connect(transport: str, port: int) -> trio.abc.Stream:
     if transport == "tcp":
         return await trio.open_tcp_stream("127.0.0.1", port)
-    return await open_tcp_stream("127.0.0.1", port)
+    return await open_tcp_stream("127.0.0.1", port, smc="require")  # TCP in its place would be no comparison
 
 
 async def compare(

@@ -15,7 +15,7 @@ import trio
 
 from ism.perf import workloads
 from ism.smc import open_tcp_listeners
-from ism.smc.default import default_device
+from ism.smc.trio_wait import default_device
 
 
 async def _serve(stream: trio.abc.Stream) -> None:
@@ -29,7 +29,7 @@ async def main() -> None:
     """Serve both kinds of listeners."""
     await default_device()
     async with trio.open_nursery() as nursery:
-        smc = await open_tcp_listeners(0, host="127.0.0.1")
+        smc = await open_tcp_listeners(0, host="127.0.0.1", smc="require")
         tcp = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, _serve, smc)
         nursery.start_soon(trio.serve_listeners, _serve, tcp)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """trio streams over SMC: `SmcStream`, `SmcListener`, `open_tcp_stream`, `open_tcp_listeners`, `serve_tcp`.
 
-A stream is a TCP connection that moves its bytes through shared memory. The handshake is lazy, as in TLS: it runs in
-the first send or receive (or in `do_handshake`), so neither connecting nor accepting ever waits for the other program.
+A stream is a TCP connection that moves its bytes through shared memory when both ends can; else it is a
+`trio.SocketStream` over that connection, and does what that does. Which of them it is shows with the first send or
+receive, so neither connecting nor accepting ever waits for the other program.
 
 Rules are trio's: every call is a checkpoint, also one that raises; one task may send and one receive at a time
 (BusyResourceError), a closed stream gives ClosedResourceError, a broken one BrokenResourceError, the end of the stream
@@ -13,144 +14,89 @@ rescheduled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
-import os
 import sys
 import time
-import weakref
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import trio
 
 from ism.driver import Device
 from ism.errors import IsmError
-from ism.smc import handshake
 from ism.smc.connection import Connection
-from ism.smc.default import default_device
+from ism.smc.info import Info
+from ism.smc.policy import Mode
+from ism.smc.rendezvous import OFF
+from ism.smc.trio_channel import BrokenLinkError, TrioChannel
+from ism.smc.trio_factory import socket
+from ism.smc.trio_socket import SmcSocket, policy_for
+from ism.smc.trio_wait import default_device
 
 _DEFAULT_RECEIVE = 65536
 _LONGEST_TURN_S = 0.001
 """A send that the peer keeps up with yields this often, so that other tasks run and cancellation is seen."""
-
-
-class _Sleeper:
-    """Lets up to two tasks of one connection sleep on its one descriptor: one waits on it, the other on that one."""
-
-    __slots__ = ("_lot", "_waiting")
-
-    def __init__(self) -> None:
-        self._waiting = False
-        self._lot = trio.lowlevel.ParkingLot()
-
-    async def sleep(self, connection: Connection) -> None:
-        """Wait until the descriptor was readable, and reset it. May return for nothing: look again."""
-        if self._waiting:
-            await self._lot.park()
-            return
-        self._waiting = True
-        try:
-            try:
-                await trio.lowlevel.wait_readable(connection.fd)
-            except trio.ClosedResourceError:
-                if connection.closed:
-                    raise
-                return  # a `_Waker` it was: the peer is gone
-            if not connection.closed:
-                connection.drain()
-        finally:
-            self._waiting = False
-            self._lot.unpark_all()
-
-
-class _Waker:
-    """Wakes the task that sleeps on a connection's descriptor, from any thread, whatever state the descriptor is in."""
-
-    __slots__ = ("_connection", "_token")
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._token = weakref.ref(connection), trio.lowlevel.current_trio_token()
-
-    def __call__(self) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._wake)
-
-    def _wake(self) -> None:
-        connection = self._connection()
-        if connection is not None and not connection.closed:  # else the number may be somebody else's by now
-            trio.lowlevel.notify_closing(connection.fd)
+_ATTEMPT_DELAY_S = 0.25
+"""How long one address is tried before the next is tried beside it (RFC 8305)."""
+_LARGEST_BACKLOG = 0xFFFF
 
 
 class SmcStream(trio.abc.HalfCloseableStream):
-    """A bidirectional byte stream through shared memory.
+    """A bidirectional byte stream, through shared memory where both ends can, else over TCP.
 
-    Made by `open_tcp_stream` and by `SmcListener.accept`.
-    Attributes: `socket` (the trio TCP socket underneath: addresses and options; never read or write it).
+    Made by `open_tcp_stream`, by `SmcListener.accept`, and, as `trio.SocketStream`, from a connected socket.
+    Attributes: `socket` (an `SmcSocket`, or whatever trio socket it was made from: addresses and options).
     """
 
-    def __init__(
-        self, socket: trio.socket.SocketType, *, server_side: bool, device: Device | None, buffer_size: int
-    ) -> None:
+    def __init__(self, socket: trio.socket.SocketType) -> None:
+        """Take over a connected trio socket. Raises: TypeError, ValueError."""
+        if isinstance(socket, SmcSocket):
+            self._channel = socket.channel
+            self._over_tcp = trio.SocketStream(socket.channel.tcp)
+        else:
+            self._over_tcp = trio.SocketStream(socket)
+            self._channel = TrioChannel(socket, policy_for("off"), None, OFF)
         self.socket = socket
-        self._server_side, self._device, self._buffer_size = server_side, device, buffer_size
-        self._connection: Connection | None = None
-        self._handshake: handshake.Client | handshake.Server | None = None
-        self._handshake_lock = trio.Lock()
+        self._plain = self._over_tcp if self._channel.link is None and self._channel.policy.mode != "require" else None
         self._broken: BaseException | None = None
-        self._ended = False
-        self._write_ended = False
-        self._closed = False
-        self._sleeper = _Sleeper()
         self._sending = self._receiving = False
+
+    def smc_info(self) -> Info:
+        """Tell how the bytes of this stream travel, and why."""
+        return self._channel.smc_info()
 
     # -- handshake ----------------------------------------------------------------------------------------------
 
     async def do_handshake(self) -> None:
-        """Run the handshake now, if it has not run yet. Returns as well when the peer closed before it.
+        """Find out now how the bytes travel, if it is not known yet.
 
-        Raises: BrokenResourceError (declined, lies, connection lost), ClosedResourceError.
-        Cancellation: nothing is lost; the next call goes on with the handshake.
+        Raises: BrokenResourceError (lies, connection lost, shared memory required and declined), ClosedResourceError.
+        Cancellation: nothing is lost; the next call goes on with it.
         """
         await trio.lowlevel.checkpoint()
-        await self._established()
+        await self._decided(self._channel.to_know)
 
-    async def _established(self) -> Connection | None:
-        """Return the connection, made now if need be; None when the peer closed before the handshake."""
+    async def _decided(self, known: Callable[[], Awaitable[Connection | None]]) -> Connection | None:
+        """Return the connection, as soon as there is one; None when it is TCP."""
         self._check_usable()
-        if self._connection is not None or self._ended:
-            return self._connection
-        async with self._handshake_lock:
-            try:
-                self._check_usable()
-                if self._connection is None and not self._ended:
-                    self._connection = await self._shake_hands()
-            except handshake.ClosedByPeerError:
-                self._ended = True
-            except (IsmError, OSError) as exc:
-                self._broken = exc
-            except trio.Cancelled:
-                raise  # the next call goes on with it
-            except BaseException as exc:
-                self._broken = exc
+        try:
+            connection = await known()
+        except BrokenLinkError as exc:
+            self._broken = exc.error
+        except OSError as exc:
+            if exc.errno != errno.EBADF:
                 raise
-            finally:
-                if self._closed:
-                    self._let_go()  # closed by another task meanwhile
+        else:
+            self._check_usable()
+            if connection is None and self._channel.drained:
+                self._plain = self._over_tcp
+            return connection
         self._check_usable()
-        return self._connection
-
-    async def _shake_hands(self) -> Connection:
-        if self._handshake is None:
-            device = self._device or await default_device()
-            end = handshake.Server if self._server_side else handshake.Client
-            self._handshake = end(self.socket, device, self._buffer_size)
-        connection = await self._handshake.run()
-        self._handshake = None
-        connection.on_peer_gone(_Waker(connection))
-        return connection
+        raise trio.ClosedResourceError("this stream is closed")
 
     def _check_usable(self) -> None:
-        if self._closed:
+        if self._channel.closed:
             raise trio.ClosedResourceError("this stream is closed")
         if self._broken is not None:
             raise trio.BrokenResourceError(f"this connection is broken: {self._broken}") from self._broken
@@ -158,7 +104,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
     async def _break(self, exc: Exception) -> NoReturn:
         """Turn what the connection raised into trio's error."""
         await trio.lowlevel.cancel_shielded_checkpoint()
-        if self._closed:
+        if self._channel.closed:
             raise trio.ClosedResourceError("this stream was closed by another task") from None
         if isinstance(exc, ConnectionError) and not isinstance(exc, BrokenPipeError):
             self._broken = exc
@@ -174,16 +120,21 @@ class SmcStream(trio.abc.HalfCloseableStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data` (any contiguous buffer, not changed meanwhile).
 
-        Returns when all bytes are in the peer's memory. Raises: ClosedResourceError, BrokenResourceError,
-        BusyResourceError, TypeError. Cancellation: an unknown part was sent; close the stream.
+        Returns when all bytes are in the peer's memory, or the kernel's. Raises: ClosedResourceError,
+        BrokenResourceError, BusyResourceError, TypeError. Cancellation: an unknown part was sent; close the stream.
         """
+        if self._plain is not None:
+            return await self._plain.send_all(data)
         if self._sending:
             await self._busy("sending on")
         self._sending = True
         try:
-            connection = self._connection
-            if connection is None or self._closed or self._write_ended:
+            channel = self._channel
+            connection = channel.connection
+            if connection is None or channel.closed or channel.write_ended:
                 connection = await self._sendable()
+                if connection is None:
+                    return await self._over_tcp.send_all(data)
             await trio.lowlevel.checkpoint_if_cancelled()
             sent = connection.send(data)
             if sent != (len(data) if type(data) is bytes else memoryview(data).nbytes):
@@ -200,43 +151,34 @@ class SmcStream(trio.abc.HalfCloseableStream):
         while sent < len(view):
             taken = connection.send(view[sent:])
             sent += taken
-            if taken or not await self._wait_writable(connection):
+            if taken or not await self._channel.wait_writable(connection):
                 if time.perf_counter() < turn_ends_s:
                     continue
                 await trio.lowlevel.checkpoint()
             turn_ends_s = time.perf_counter() + _LONGEST_TURN_S
 
-    async def _sendable(self) -> Connection:
+    async def _sendable(self) -> Connection | None:
         await trio.lowlevel.checkpoint()
-        if self._write_ended and not self._closed:
+        if self._channel.write_ended and not self._channel.closed:
             raise trio.ClosedResourceError("this side of the stream has sent its end")
-        connection = await self._established()
-        if connection is None:
-            raise trio.BrokenResourceError("the peer closed the connection before the handshake")
-        return connection
-
-    async def _wait_writable(self, connection: Connection) -> bool:
-        """Sleep for room, unless there is some by now; returns whether it slept."""
-        if not connection.must_wait_to_write():
-            return False
-        try:
-            await self._sleeper.sleep(connection)
-        finally:
-            connection.awake(writer=True)
-        return True
+        return await self._decided(self._channel.to_send)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until some bytes could be sent at once, or the stream is broken or closed by the peer.
 
         Raises: ClosedResourceError, BrokenResourceError, BusyResourceError.
         """
+        if self._plain is not None:
+            return await self._plain.wait_send_all_might_not_block()
         if self._sending:
             await self._busy("sending on")
         self._sending = True
         try:
             connection = await self._sendable()
+            if connection is None:
+                return await self._over_tcp.wait_send_all_might_not_block()
             while not connection.writable():
-                await self._wait_writable(connection)
+                await self._channel.wait_writable(connection)
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:
@@ -247,17 +189,21 @@ class SmcStream(trio.abc.HalfCloseableStream):
 
         Raises: ClosedResourceError, BrokenResourceError, BusyResourceError.
         """
+        if self._plain is not None:
+            return await self._plain.send_eof()
         if self._sending:
             await self._busy("sending on")
         self._sending = True
         try:
-            if self._write_ended:
+            if self._channel.write_ended:
                 await trio.lowlevel.checkpoint()
                 self._check_usable()
-                return
+                return None
             connection = await self._sendable()
+            if connection is None:
+                return await self._over_tcp.send_eof()
             connection.shutdown_write()
-            self._write_ended = True
+            self._channel.write_ended = True
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:
@@ -271,6 +217,8 @@ class SmcStream(trio.abc.HalfCloseableStream):
         Returns: bytes, or b"" at the end of the stream. Raises: ClosedResourceError, BrokenResourceError (once all
         bytes that came before were read), BusyResourceError, ValueError, TypeError. Cancellation: nothing is lost.
         """
+        if self._plain is not None:
+            return await self._plain.receive_some(max_bytes)
         if max_bytes is None:
             max_bytes = _DEFAULT_RECEIVE
         else:
@@ -282,15 +230,14 @@ class SmcStream(trio.abc.HalfCloseableStream):
             await self._busy("receiving from")
         self._receiving = True
         try:
-            connection = self._connection
-            if connection is None or self._closed:
-                await trio.lowlevel.checkpoint()
-                connection = await self._established()
+            connection = self._channel.connection
+            if connection is None or self._channel.closed:
+                connection = await self._receivable()
                 if connection is None:
-                    return b""
+                    return await self._over_tcp.receive_some(max_bytes)
             await trio.lowlevel.checkpoint_if_cancelled()
             while (data := connection.recv(max_bytes)) is None:
-                await self._wait_readable(connection)
+                await self._channel.wait_readable(connection)
             await trio.lowlevel.cancel_shielded_checkpoint()
         except (IsmError, OSError) as exc:
             await self._break(exc)
@@ -300,81 +247,91 @@ class SmcStream(trio.abc.HalfCloseableStream):
             self._check_usable()  # an end that the other direction has found to be a reset is no end of file
         return data
 
-    async def _wait_readable(self, connection: Connection) -> None:
-        if connection.must_wait_to_read():
-            try:
-                await self._sleeper.sleep(connection)
-            finally:
-                connection.awake(writer=False)
+    async def receive_some_into(self, buffer: bytearray | memoryview) -> int:
+        """Receive at least one byte into a writable contiguous buffer: one copy, from shared memory into it.
+
+        Returns: bytes received, 0 at the end of the stream. Raises: as `receive_some`; ValueError for an empty buffer,
+        TypeError, BufferError for one that cannot be written. Cancellation: nothing is lost.
+        """
+        view = memoryview(buffer).cast("B")
+        if view.readonly:
+            raise TypeError(f"cannot receive into a read-only {type(buffer).__name__}")
+        if not len(view):
+            await trio.lowlevel.checkpoint()
+            raise ValueError("the buffer is empty, must have room for 1 byte or more")
+        if self._receiving:
+            await self._busy("receiving from")
+        self._receiving = True
+        try:
+            connection = self._channel.connection
+            if connection is None or self._channel.closed:
+                connection = None if self._plain is not None else await self._receivable()
+                if connection is None:
+                    return await self._channel.tcp.recv_into(view)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            while (count := connection.recv_into(view)) is None:
+                await self._channel.wait_readable(connection)
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        except (IsmError, OSError) as exc:
+            if self._plain is not None and isinstance(exc, OSError) and exc.errno == errno.EBADF:
+                raise trio.ClosedResourceError("this stream is closed") from None
+            await self._break(exc)
+        finally:
+            self._receiving = False
+        if not count:
+            self._check_usable()
+        return count
+
+    async def _receivable(self) -> Connection | None:
+        await trio.lowlevel.checkpoint()
+        return await self._decided(self._channel.to_receive)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
         """Close the stream. The peer reads what was sent, then the end; unread bytes here make that a reset."""
-        if not self._closed:
-            self._closed = True
-            if self._connection is not None:
-                trio.lowlevel.notify_closing(self._connection.fd)
-            if not self._handshake_lock.locked():
-                self._let_go()  # else the task that runs the handshake does it
-            self.socket.close()
+        self.socket.close()
+        self._channel.closed = True
         await trio.lowlevel.checkpoint()
-
-    def _let_go(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        elif self._handshake is not None:
-            self._handshake.close()
-        elif self._server_side:
-            # a client that only receives has sent an offer, not data: it gets an end of file, not a reset
-            with contextlib.suppress(OSError):
-                os.read(self.socket.fileno(), 4096)
 
     # -- information --------------------------------------------------------------------------------------------
 
-    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
-        """Set an option of the TCP socket underneath."""
-        self.socket.setsockopt(level, option, value)
+    def setsockopt(self, level: int, option: int, value: Any, length: int | None = None) -> None:
+        """Set an option of the socket, as `trio.SocketStream.setsockopt`."""
+        if length is None:
+            self.socket.setsockopt(level, option, value)
+        else:
+            self.socket.setsockopt(level, option, value, length)
 
     def getsockopt(self, level: int, option: int, buffersize: int = 0) -> int | bytes:
-        """Get an option of the TCP socket underneath."""
+        """Get an option of the socket, as `trio.SocketStream.getsockopt`."""
         return (
             self.socket.getsockopt(level, option, buffersize) if buffersize else self.socket.getsockopt(level, option)
         )
 
     @property
     def connection(self) -> Connection | None:
-        """The established connection (rings, regions, peer), None before the handshake."""
-        return self._connection
-
-
-def _checked(buffer_size: int) -> int:
-    if not 1 <= buffer_size <= sys.maxsize:
-        raise ValueError(f"buffer_size is {buffer_size} bytes, must be 1 or more")
-    return buffer_size
+        """The established connection (rings, regions, peer); None before the handshake, and in TCP."""
+        with contextlib.suppress(BrokenLinkError):
+            return self._channel.settled_connection()
+        return None
 
 
 class SmcListener(trio.abc.Listener[SmcStream]):
-    """Accepts TCP connections that become SMC streams.
+    """Accepts connections as `SmcStream`s.
 
-    Attributes: `socket` (the listening trio socket).
+    Attributes: `socket` (the listening socket: an `SmcSocket`, or whatever trio socket it was made from).
     """
 
-    def __init__(
-        self,
-        listener: trio.SocketListener,
-        *,
-        device: Device | None = None,
-        buffer_size: int = handshake.DEFAULT_BUFFER,
-    ) -> None:
-        self._listener, self._device = listener, device
-        self._buffer_size = _checked(buffer_size)
-        self.socket = listener.socket
+    def __init__(self, socket: trio.socket.SocketType) -> None:
+        """Take over a listening trio socket. Raises: TypeError, ValueError."""
+        self._listener = trio.SocketListener(socket)
+        self.socket = socket
 
     async def accept(self) -> SmcStream:
-        """Accept a connection; its handshake runs in its first send or receive. Raises ClosedResourceError, OSError."""
+        """Accept a connection; it never waits for the client. Raises ClosedResourceError, OSError."""
         accepted = await self._listener.accept()
-        return SmcStream(accepted.socket, server_side=True, device=self._device, buffer_size=self._buffer_size)
+        return SmcStream(accepted.socket)
 
     async def aclose(self) -> None:
         """Stop listening."""
@@ -382,51 +339,177 @@ class SmcListener(trio.abc.Listener[SmcStream]):
 
 
 async def open_tcp_stream(
-    host: str,
+    host: str | bytes,
     port: int,
     *,
+    happy_eyeballs_delay: float | None = _ATTEMPT_DELAY_S,
+    local_address: str | None = None,
+    smc: Mode | None = None,
     device: Device | None = None,
-    buffer_size: int = handshake.DEFAULT_BUFFER,
-    **options: Any,
+    buffer_size: int | None = None,
 ) -> SmcStream:
-    """Connect to an SMC server.
+    """Connect to a server.
 
     Args:
-        host, port, options: as `trio.open_tcp_stream`.
+        host, port, happy_eyeballs_delay, local_address: as `trio.open_tcp_stream`.
+        smc: "auto": shared memory where both ends can, else TCP; "require"; "off". None: what ISM_SMC says.
         device: virtio-ism device to use; by default the process's (`ISM_DEVICE`, or the user's manager).
-        buffer_size: bytes of the region this side receives in.
-    Raises: OSError when TCP cannot connect, ValueError. The device is opened by the first send or receive.
+        buffer_size: bytes of the region this side receives in; None: what ISM_SMC_BUFFER says.
+    Raises: OSError when TCP cannot connect, or shared memory is required and impossible; ValueError, TypeError.
     """
-    _checked(buffer_size)
-    stream = await trio.open_tcp_stream(host, port, **options)
-    return SmcStream(stream.socket, server_side=False, device=device, buffer_size=buffer_size)
+    policy_for(smc, buffer_size)
+    if not isinstance(host, str | bytes):
+        raise ValueError(f"host must be str or bytes, not {host!r}")
+    if not isinstance(port, int):
+        raise TypeError(f"port must be int, not {port!r}")
+
+    async def connect(family: int, kind: int, proto: int, address: Any) -> SmcSocket:
+        sock = cast("SmcSocket", socket(family, kind, proto, smc=smc, device=device, buffer_size=buffer_size))
+        try:
+            if local_address is not None:
+                await _bind_to(sock, local_address, address)
+            await sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    targets = _alternating([(family, kind, proto, address) for family, kind, proto, _, address in found])
+    delay_s = _ATTEMPT_DELAY_S if happy_eyeballs_delay is None else happy_eyeballs_delay
+    return SmcStream(await _first_to_connect(connect, targets, delay_s, f"{_text(host)}:{port}"))
+
+
+async def _bind_to(sock: SmcSocket, local_address: str, remote: Any) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(trio.socket.IPPROTO_IP, trio.socket.IP_BIND_ADDRESS_NO_PORT, 1)
+    try:
+        await sock.bind((local_address, 0))
+    except OSError:
+        raise OSError(f"local_address={local_address!r} is incompatible with remote address {remote!r}") from None
+
+
+def _alternating(targets: list[tuple[int, int, int, Any]]) -> list[tuple[int, int, int, Any]]:
+    """Put the first address of another family second: if one family does not work here the other is tried early."""
+    for index, target in enumerate(targets):
+        if target[0] != targets[0][0]:
+            return [targets[0], target, *targets[1:index], *targets[index + 1 :]]
+    return targets
+
+
+async def _first_to_connect(
+    connect: Callable[..., Awaitable[SmcSocket]], targets: list[tuple[int, int, int, Any]], delay_s: float, name: str
+) -> SmcSocket:
+    """Try addresses one after the other, the next when one has failed or takes long; keep the first that connects."""
+    winners: list[SmcSocket] = []
+    failures: list[OSError] = []
+
+    async def attempt(target: tuple[int, int, int, Any], failed: trio.Event) -> None:
+        try:
+            sock = await connect(*target)
+        except OSError as exc:
+            failures.append(exc)
+            failed.set()
+            return
+        if winners:
+            sock.close()
+        winners.append(sock)
+        nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for target in targets:
+                failed = trio.Event()
+                nursery.start_soon(attempt, target, failed)
+                with trio.move_on_after(delay_s):
+                    await failed.wait()
+    except BaseException:
+        for sock in winners:
+            sock.close()
+        raise
+    if not winners:
+        message = f"all attempts to connect to {name} failed"
+        raise OSError(message) from ExceptionGroup(message, failures)
+    return winners[0]
+
+
+def _text(host: str | bytes) -> str:
+    text = host.decode("ascii") if isinstance(host, bytes) else host
+    return f"[{text}]" if ":" in text else text
 
 
 async def open_tcp_listeners(
     port: int,
     *,
-    host: str | None = None,
+    host: str | bytes | None = None,
     backlog: int | None = None,
+    smc: Mode | None = None,
     device: Device | None = None,
-    buffer_size: int = handshake.DEFAULT_BUFFER,
+    buffer_size: int | None = None,
 ) -> list[SmcListener]:
-    """Listen on a TCP port for SMC clients; arguments as `trio.open_tcp_listeners`. Raises OSError, ValueError."""
-    _checked(buffer_size)
-    listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
-    return [SmcListener(listener, device=device, buffer_size=buffer_size) for listener in listeners]
+    """Listen on a TCP port; clients that ask the device manager find it there when this returns.
+
+    Args: as `trio.open_tcp_listeners` and `open_tcp_stream`.
+    Raises: OSError, also when shared memory is required and there is no device; ValueError, TypeError.
+    """
+    policy = policy_for(smc, buffer_size)
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an int not {port!r}")
+    if backlog is not None and not isinstance(backlog, int):
+        raise TypeError(f"backlog must be an int or None, not {backlog!r}")
+    if policy.mode != "off" and device is None:
+        try:
+            await default_device()
+        except (IsmError, OSError) as exc:
+            if policy.mode == "require":
+                raise OSError(errno.ECONNABORTED, f"shared memory is required, but there is no device: {exc}") from exc
+    addresses = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
+    listeners: list[SmcListener] = []
+    unsupported: list[OSError] = []
+    try:
+        for family, kind, proto, _, address in addresses:
+            try:
+                sock = cast("SmcSocket", socket(family, kind, proto, smc=smc, device=device, buffer_size=buffer_size))
+            except OSError as exc:
+                if exc.errno != errno.EAFNOSUPPORT:
+                    raise
+                unsupported.append(exc)
+                continue
+            try:
+                sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+                if family == trio.socket.AF_INET6:
+                    sock.setsockopt(trio.socket.IPPROTO_IPV6, trio.socket.IPV6_V6ONLY, 1)
+                await sock.bind(address)
+                sock.listen(_LARGEST_BACKLOG if backlog is None else min(backlog, _LARGEST_BACKLOG))
+                await sock.published()
+            except BaseException:
+                sock.close()
+                raise
+            listeners.append(SmcListener(sock))
+    except BaseException:
+        for listener in listeners:
+            listener.socket.close()
+        raise
+    if unsupported and not listeners:
+        message = "this system supports none of the kinds of socket that the address could use"
+        raise OSError(errno.EAFNOSUPPORT, message) from ExceptionGroup(message, unsupported)
+    return listeners
 
 
 async def serve_tcp(
     handler: Callable[[SmcStream], Awaitable[object]],
     port: int,
     *,
-    host: str | None = None,
+    host: str | bytes | None = None,
     backlog: int | None = None,
     handler_nursery: trio.Nursery | None = None,
+    smc: Mode | None = None,
     device: Device | None = None,
-    buffer_size: int = handshake.DEFAULT_BUFFER,
+    buffer_size: int | None = None,
     task_status: trio.TaskStatus[list[SmcListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Accept SMC connections for ever and run `handler(stream)` for each, as `trio.serve_tcp` does."""
-    listeners = await open_tcp_listeners(port, host=host, backlog=backlog, device=device, buffer_size=buffer_size)
+    """Accept connections for ever and run `handler(stream)` for each, as `trio.serve_tcp` does."""
+    listeners = await open_tcp_listeners(
+        port, host=host, backlog=backlog, smc=smc, device=device, buffer_size=buffer_size
+    )
     await trio.serve_listeners(handler, listeners, handler_nursery=handler_nursery, task_status=task_status)

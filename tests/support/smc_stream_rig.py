@@ -16,8 +16,12 @@ from typing import Any
 import trio
 
 from ism.driver import Device
-from ism.smc import SmcListener, SmcStream, open_tcp_listeners, open_tcp_stream
+from ism.shm import compile_kernels
+from ism.smc import SmcListener, SmcSocket, SmcStream, open_tcp_listeners, open_tcp_stream
+from ism.smc.group import release_idle
+from ism.smc.policy import Mode
 from ism.testing import Fabric
+from ism.virtio.ism_spec import IsmFeature
 
 LIMIT_S = 30
 BUFFER = 65536
@@ -60,24 +64,50 @@ class TcpRig:
 
 
 class SmcRig:
-    """SMC between two in-memory devices, or two ends of one device."""
+    """SMC between two in-memory devices, or two ends of one device.
+
+    Attributes: `mode` (what both ends say of shared memory: without a directory "require", as nobody tells them).
+    """
 
     smc = True
 
-    def __init__(self, *, one_device: bool = False, buffer_size: int = BUFFER, chunk_size: int = 65536) -> None:
+    def __init__(
+        self,
+        *,
+        directory: bool = False,
+        mode: Mode | None = None,
+        one_device: bool = False,
+        buffer_size: int = BUFFER,
+        chunk_size: int = 65536,
+    ) -> None:
+        compile_kernels()  # not in the middle of the first handshake, whose patience tests shorten
+        self.mode: Mode = mode or ("auto" if directory else "require")
         self.fabric = Fabric(chunk_size=chunk_size)
-        self.client_device = Device(self.fabric.plug())
-        self.server_device = self.client_device if one_device else Device(self.fabric.plug())
+        self._features = [IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ] + [IsmFeature.DIRECTORY] * directory
+        self.client_device = self.plug()
+        self.server_device = self.client_device if one_device else self.plug()
         self.buffer_size = buffer_size
 
-    async def listen(self) -> SmcListener:
-        (listener,) = await open_tcp_listeners(
-            0, host="127.0.0.1", device=self.server_device, buffer_size=self.buffer_size
-        )
+    def plug(self, **options: Any) -> Device:
+        """One more device like the others."""
+        return Device(self.fabric.plug(features=self._features, **options))
+
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """What makes a client's stream or socket use this rig."""
+        return {"smc": self.mode, "device": self.client_device, "buffer_size": self.buffer_size}
+
+    @property
+    def server_options(self) -> dict[str, Any]:
+        """What makes a server's stream or socket use this rig."""
+        return {**self.client_options, "device": self.server_device}
+
+    async def listen(self, **options: Any) -> SmcListener:
+        (listener,) = await open_tcp_listeners(0, host="127.0.0.1", **{**self.server_options, **options})
         return listener
 
-    async def connect(self, port: int) -> SmcStream:
-        return await open_tcp_stream("127.0.0.1", port, device=self.client_device, buffer_size=self.buffer_size)
+    async def connect(self, port: int, **options: Any) -> SmcStream:
+        return await open_tcp_stream("127.0.0.1", port, **{**self.client_options, **options})
 
     async def fresh_pair(self) -> tuple[SmcStream, SmcStream]:
         """Connected by TCP, before the handshake."""
@@ -96,6 +126,11 @@ class SmcRig:
         """Regions that the registry knows."""
         return len(self.fabric.registry.regions)
 
+    def let_go(self) -> None:
+        """Give back the regions that are kept for later connections."""
+        for device in (self.client_device, self.server_device):
+            release_idle(device)
+
     def close(self) -> None:
         self.client_device.close()
         self.server_device.close()
@@ -104,6 +139,12 @@ class SmcRig:
 def port_of(listener: SmcListener) -> int:
     port: int = listener.socket.getsockname()[1]
     return port
+
+
+def tcp_of(stream: SmcStream | SmcListener) -> trio.socket.SocketType:
+    """The TCP socket underneath."""
+    assert isinstance(stream.socket, SmcSocket)
+    return stream.socket.channel.tcp
 
 
 async def shake_hands(*streams: SmcStream) -> None:
@@ -120,9 +161,11 @@ def leak_checked(**options: Any) -> Iterator[SmcRig]:
     rig = SmcRig(**options)
     try:
         yield rig
+        rig.let_go()
         patience = time.monotonic() + LIMIT_S  # the last command may be under way in the driver's thread
         while rig.regions and time.monotonic() < patience:
             time.sleep(0.001)
+            rig.let_go()  # a connection that was dropped is closed in a thread, and lends its regions then
         assert not rig.regions, "regions are left"
     finally:
         rig.close()

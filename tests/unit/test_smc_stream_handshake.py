@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from smc_stream_rig import SmcRig, bounded, leak_checked, port_of, receive_exactly, shake_hands, until
+from smc_stream_rig import LIMIT_S, SmcRig, bounded, leak_checked, port_of, receive_exactly, shake_hands, tcp_of, until
 
 from ism.driver import Device
 from ism.errors import QuotaError
 from ism.manager.quota import Quota
 from ism.smc import SmcStream, handshake, open_tcp_listeners, open_tcp_stream
 from ism.smc.handshake import DeclinedError
-from ism.smc.handshake_machine import ClientHandshake, Confirmed
+from ism.smc.handshake_machine import ClientHandshake, Confirmed, PeerAccepted
 
 
 @pytest.fixture
@@ -55,10 +56,22 @@ async def test_a_receive_cancelled_while_the_peer_is_silent_can_be_repeated(rig:
 
 
 @bounded
-async def test_a_handshake_cancelled_at_any_moment_goes_on_with_the_next_call(rig: SmcRig) -> None:
+async def test_a_handshake_cancelled_at_any_moment_goes_on_with_the_next_call(
+    rig: SmcRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ends give up after one more scheduling step each time, from both sides, until it is through."""
+    given_up: dict[SmcStream, int] = {}
+    allocate = handshake.allocate
 
-    async def persistent(stream: SmcStream, seen: list[int]) -> None:
+    def allocate_late(*args: Any, **options: Any) -> Any:
+        patience = time.monotonic() + LIMIT_S
+        while len(given_up) < 2 and time.monotonic() < patience:
+            time.sleep(0.001)
+        return allocate(*args, **options)
+
+    monkeypatch.setattr(handshake, "allocate", allocate_late)
+
+    async def persistent(stream: SmcStream) -> None:
         for patience in range(1, 100_000):
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
@@ -71,27 +84,29 @@ async def test_a_handshake_cancelled_at_any_moment_goes_on_with_the_next_call(ri
                     nursery.start_soon(give_up)
                     await stream.do_handshake()
                     nursery.cancel_scope.cancel()
+            if scope.cancelled_caught:
+                given_up[stream] = patience
             if stream.connection is not None:
-                seen.append(patience)
                 return
 
     for _ in range(5):
         client, server = await rig.fresh_pair()
-        attempts: list[int] = []
+        given_up.clear()
         async with client, server:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(persistent, client, attempts)
-                nursery.start_soon(persistent, server, attempts)
-            assert max(attempts) > 1, "nothing was cancelled"
+                nursery.start_soon(persistent, client)
+                nursery.start_soon(persistent, server)
+            assert len(given_up) == 2
             await talk(client, server)
+        rig.let_go()
 
 
 @bounded
 async def test_a_server_cancelled_after_its_accept_keeps_the_region_and_goes_on(rig: SmcRig) -> None:
     client, server = await rig.fresh_pair()
     async with client, server:
-        proposal = handshake.Client(client.socket, rig.client_device, rig.buffer_size)
-        await proposal._write(proposal._machine.start())
+        tcp, machine = tcp_of(client), ClientHandshake(handshake.identity_of(rig.client_device))
+        await tcp.send(machine.start())
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.do_handshake)
@@ -102,19 +117,24 @@ async def test_a_server_cancelled_after_its_accept_keeps_the_region_and_goes_on(
         with trio.CancelScope() as scope:
             scope.cancel()
             await server.receive_some()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.do_handshake)
-            connection = await proposal.run()
+        while (answer := machine.receive(await tcp.recv(machine.bytes_wanted))) is None:
+            pass
+        assert isinstance(answer, PeerAccepted)
+        own = handshake.allocate(rig.client_device, rig.buffer_size, answer.devid)
+        attached = handshake.attach(rig.client_device, answer)
+        await tcp.send(machine.confirm(own.token, rig.buffer_size))
+        await server.do_handshake()
         assert server.connection is not None
-        assert server.connection.rx.token == connection.tx.token
-        connection.close()
+        assert server.connection.rx.token == attached.token
+        own.close()
+        attached.close()
 
 
 @bounded
 async def test_a_stream_closed_after_a_cancelled_handshake_leaves_nothing(rig: SmcRig) -> None:
     client, server = await rig.fresh_pair()
     async with client:
-        await client.socket.send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
+        await tcp_of(client).send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.do_handshake)
@@ -128,7 +148,7 @@ async def test_a_stream_closed_after_a_cancelled_handshake_leaves_nothing(rig: S
 async def test_a_stream_dropped_after_a_cancelled_handshake_leaves_nothing(rig: SmcRig) -> None:
     client, server = await rig.fresh_pair()
     async with client:
-        await client.socket.send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
+        await tcp_of(client).send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.do_handshake)
@@ -188,8 +208,8 @@ async def test_closing_while_the_device_is_asked_leaves_nothing(
     original = getattr(handshake, step)
     device = rig.client_device if closer == "client" else rig.server_device
 
-    def slow(asked: Device, *args: Any) -> Any:
-        made = original(asked, *args)
+    def slow(asked: Device, *args: Any, **options: Any) -> Any:
+        made = original(asked, *args, **options)
         if asked is device:
             entered.set()
             assert go_on.wait(30)
@@ -222,7 +242,7 @@ async def test_closing_while_the_device_is_asked_leaves_nothing(
 async def test_a_waiter_that_takes_over_a_closed_handshake_releases_it(rig: SmcRig) -> None:
     client, server = await rig.fresh_pair()
     async with client:
-        await client.socket.send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
+        await tcp_of(client).send(ClientHandshake(handshake.identity_of(rig.client_device)).start())
         scope = trio.CancelScope()
         async with trio.open_nursery() as nursery:
 
@@ -263,7 +283,7 @@ async def test_a_server_that_closes_with_an_offer_unread_looks_like_an_end_of_fi
 async def test_a_handshake_that_failed_keeps_failing_with_its_reason(rig: SmcRig) -> None:
     client, server = await rig.fresh_pair()
     async with client, server:
-        await client.socket.send(b"not a handshake")
+        await tcp_of(client).send(b"not a handshake")
         for call in (server.receive_some, server.do_handshake, lambda: server.send_all(b"x"), server.send_eof):
             with trio.testing.assert_checkpoints(), pytest.raises(trio.BrokenResourceError) as caught:
                 await call()
@@ -275,9 +295,9 @@ async def test_a_handshake_that_failed_keeps_failing_with_its_reason(rig: SmcRig
 
 @bounded
 async def test_a_server_without_quota_declines_and_both_ends_learn_why(rig: SmcRig) -> None:
-    with Device(rig.fabric.plug(quota=Quota(bytes=1 << 16, regions=1, attachments=4))) as poor:
+    with rig.plug(quota=Quota(bytes=1 << 16, regions=1, attachments=4)) as poor:
         hoard = poor.alloc(1 << 16)
-        (listener,) = await open_tcp_listeners(0, host="127.0.0.1", device=poor)
+        (listener,) = await open_tcp_listeners(0, host="127.0.0.1", smc="require", device=poor)
         async with listener:
             client = await rig.connect(port_of(listener))
             server = await listener.accept()
@@ -300,9 +320,10 @@ async def test_a_server_without_quota_declines_and_both_ends_learn_why(rig: SmcR
 
 @bounded
 async def test_a_device_that_is_gone_breaks_the_stream_with_that_reason(rig: SmcRig) -> None:
-    device = Device(rig.fabric.plug())
-    client, server = await rig.fresh_pair()
-    lost = SmcStream(client.socket, server_side=False, device=device, buffer_size=65536)
+    device = rig.plug()
+    async with await rig.listen() as listener:
+        lost = await rig.connect(port_of(listener), device=device)
+        server = await listener.accept()
     device.transport.lose("the manager was stopped")  # type: ignore[attr-defined]
     async with lost, server, trio.open_nursery() as nursery:
 

@@ -17,12 +17,12 @@ MANY = 1 << 22
 """More than either transport buffers."""
 
 
-@pytest.fixture(params=["tcp", "smc", "smc on one device"])
+@pytest.fixture(params=["tcp", "smc", "smc on one device", "smc by the directory"])
 def rig(request: pytest.FixtureRequest) -> Iterator[SmcRig | TcpRig]:
     if request.param == "tcp":
         yield TcpRig()
     else:
-        with leak_checked(one_device="one" in request.param) as smc:
+        with leak_checked(one_device="one" in request.param, directory="directory" in request.param) as smc:
             yield smc
 
 

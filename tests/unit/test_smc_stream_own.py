@@ -16,8 +16,10 @@ import trio.testing
 from smc_stream_rig import SmcRig, bounded, leak_checked, receive_exactly, shake_hands
 
 from ism.driver import Device
+from ism.errors import TransportError
 from ism.ids import DevId
 from ism.smc import SmcListener, SmcStream, default, serve_tcp
+from ism.smc.trio_wait import default_device
 from ism.testing import Fabric
 
 
@@ -143,7 +145,7 @@ async def test_serving_closes_each_stream_after_its_handler(rig: SmcRig) -> None
     async with trio.open_nursery() as nursery:
 
         async def serve(task_status: trio.TaskStatus[list[SmcListener]]) -> None:
-            await serve_tcp(double, 0, host="127.0.0.1", device=rig.server_device, task_status=task_status)
+            await serve_tcp(double, 0, host="127.0.0.1", **rig.server_options, task_status=task_status)
 
         (listener,) = await nursery.start(serve)
         for _ in range(3):
@@ -178,7 +180,7 @@ async def test_the_default_device_is_opened_once_however_many_ask(opened: list[D
     found: list[DevId] = []
 
     async def ask() -> None:
-        found.append((await default.default_device()).devid)
+        found.append((await default_device()).devid)
 
     async with trio.open_nursery() as nursery:
         for _ in range(20):
@@ -189,15 +191,41 @@ async def test_the_default_device_is_opened_once_however_many_ask(opened: list[D
 
 @bounded
 async def test_a_default_device_that_is_gone_is_replaced(opened: list[Device]) -> None:
-    first = await default.default_device()
+    first = await default_device()
     first.transport.lose("the manager was stopped")  # type: ignore[attr-defined]
-    second = await default.default_device()
+    second = await default_device()
     assert second is not first
-    assert await default.default_device() is second
+    assert await default_device() is second
     default.close_default()
     default.close_default()
-    assert await default.default_device() is not second
+    assert await default_device() is not second
     assert len(opened) == 3
+
+
+def test_a_device_that_could_not_be_opened_is_not_tried_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[TransportError] = []
+
+    def refuse() -> Device:
+        failures.append(TransportError(f"no manager, try {len(failures)}"))
+        raise failures[-1]
+
+    monkeypatch.setattr(default, "open_device", refuse)
+    monkeypatch.setattr(default, "_device", None)
+    default.close_default()
+    for _ in range(3):
+        for ask in (default.open_default, default.opened):
+            with pytest.raises(TransportError, match="try 0"):
+                ask()
+    monkeypatch.setattr(default, "RETRY_S", 0.0)
+    assert default.opened() is None
+    with pytest.raises(TransportError, match="try 1"):
+        default.open_default()
+    monkeypatch.setattr(default, "RETRY_S", 60.0)
+    default.close_default()
+    assert default.opened() is None
+    with pytest.raises(TransportError, match="try 2"):
+        default.open_default()
+    default.close_default()
 
 
 def test_a_default_device_that_was_lost_is_closed_once_nothing_holds_its_regions(
