@@ -14,6 +14,8 @@ from ism.errors import ConfigError, IsmError
 _COMMANDS = {
     "demo": "Send a file between two processes over shared memory, and compare with TCP.",
     "manager": "Run the device manager of this host.",
+    "run": "Run a Python program with its TCP sockets over shared memory.",
+    "ss": "List connections: over shared memory, or TCP and why.",
     "status": "Show devices, regions, attachments and bytes of the running manager.",
 }
 
