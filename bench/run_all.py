@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ORDER = ("stream", "control", "start", "memory", "ring", "park", "atomics")
+ORDER = ("stream", "sockets", "control", "start", "memory", "ring", "park", "atomics")
 
 
 def main() -> int:
