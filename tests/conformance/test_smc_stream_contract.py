@@ -1,56 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SmcStream` against trio's own suite for half-closeable streams, over real devices in one process."""
+"""`SmcStream` against trio's own suite for half-closeable streams: however it is made, whatever carries its bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from smc_stream_rig import SmcRig, leak_checked, port_of, shake_hands
 
-from ism.driver.device import Device
-from ism.smc import SmcStream, open_tcp_listeners, open_tcp_stream
-from ism.testing import Fabric
+import ism.smc
+from ism.smc import SmcStream
 
-
-@pytest.fixture(params=["two devices", "one device"])
-def devices(request: pytest.FixtureRequest) -> Iterator[tuple[Device, Device]]:
-    fabric = Fabric()
-    first = Device(fabric.plug())
-    second = first if request.param == "one device" else Device(fabric.plug())
-    yield first, second
-    first.close()
-    second.close()
+LIMIT_S = 120
 
 
-async def make_pair(devices: tuple[Device, Device], buffer_size: int) -> tuple[SmcStream, SmcStream]:
-    (listener,) = await open_tcp_listeners(0, host="127.0.0.1", device=devices[1], buffer_size=buffer_size)
-    async with listener:
-        port = listener.socket.getsockname()[1]
-        client = await open_tcp_stream("127.0.0.1", port, device=devices[0], buffer_size=buffer_size)
-        server = await listener.accept()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.do_handshake)
-        nursery.start_soon(server.do_handshake)
-    return client, server
+@pytest.fixture(params=["two devices", "one device", "no directory", "TCP"])
+def rig(request: pytest.FixtureRequest) -> Iterator[SmcRig]:
+    directory = request.param != "no directory"
+    mode: Any = "off" if request.param == "TCP" else None
+    with leak_checked(one_device=request.param == "one device", directory=directory, mode=mode) as made:
+        yield made
 
 
-async def test_trios_suite_for_half_closeable_streams_passes(devices: tuple[Device, Device]) -> None:
+async def by_helpers(rig: SmcRig) -> tuple[SmcStream, SmcStream]:
+    """Made by `open_tcp_listeners` and `open_tcp_stream`."""
+    return await rig.fresh_pair()
+
+
+async def by_sockets(rig: SmcRig) -> tuple[SmcStream, SmcStream]:
+    """Made from sockets, as trio's are."""
+    listener = ism.smc.socket(**rig.server_options)
+    await listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    async with ism.smc.SocketListener(listener):
+        client = ism.smc.socket(**rig.client_options)
+        await client.connect(listener.getsockname())
+        server, _ = await listener.accept()
+        return ism.smc.SocketStream(client), ism.smc.SocketStream(server)
+
+
+async def by_listener(rig: SmcRig) -> tuple[SmcStream, SmcStream]:
+    """Made by `SocketListener.accept` and from a connected socket."""
+    async with await rig.listen() as made, ism.smc.SocketListener(made.socket) as listener:
+        client = ism.smc.socket(**rig.client_options)
+        await client.connect(("127.0.0.1", port_of(made)))
+        return ism.smc.SocketStream(client), await listener.accept()
+
+
+def clog(stream: SmcStream) -> None:
+    """Fill what is between the two ends."""
+    if stream.connection is not None:
+        while stream.connection.send(bytes(4096)):
+            pass
+        return
+    sock = trio.socket.fromfd(stream.socket.fileno(), trio.socket.AF_INET, trio.socket.SOCK_STREAM)
+    with sock, contextlib.suppress(BlockingIOError):
+        while True:
+            sock._sock.send(bytes(1 << 20))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("make", [by_helpers, by_sockets, by_listener], ids=lambda make: make.__name__)
+async def test_trios_suite_for_half_closeable_streams_passes(rig: SmcRig, make: Callable[[SmcRig], Any]) -> None:
     flip = itertools.count()
 
     async def stream_maker() -> tuple[SmcStream, SmcStream]:
-        pair = await make_pair(devices, 65536)
-        return pair if next(flip) % 2 else (pair[1], pair[0])
+        one, other = await make(rig)
+        await shake_hands(one, other)
+        assert one.smc_info().mode == other.smc_info().mode == ("TCP" if rig.mode == "off" else "SMC")
+        return (one, other) if next(flip) % 2 else (other, one)
 
     async def clogged_stream_maker() -> tuple[SmcStream, SmcStream]:
-        one, other = await stream_maker()
-        for stream in (one, other):
-            assert stream.connection is not None
-            while stream.connection.send(bytes(4096)):
-                pass
-        return one, other
+        pair = await stream_maker()
+        for stream in pair:
+            clog(stream)
+        return pair
 
-    with trio.fail_after(60):
+    with trio.fail_after(LIMIT_S):
         await trio.testing.check_half_closeable_stream(stream_maker, clogged_stream_maker)

@@ -110,16 +110,17 @@ async def receive(stream: SmcStream, direction: Direction) -> None:
 
 async def run(devices: tuple[Device, Device], there: Direction, back: Direction) -> None:
     with trio.fail_after(LIMIT_S):
-        (listener,) = await open_tcp_listeners(0, host="127.0.0.1", device=devices[1], buffer_size=16384)
+        (listener,) = await open_tcp_listeners(0, host="127.0.0.1", smc="auto", device=devices[1], buffer_size=16384)
         async with listener:
             port = listener.socket.getsockname()[1]
-            client = await open_tcp_stream("127.0.0.1", port, device=devices[0], buffer_size=16384)
+            client = await open_tcp_stream("127.0.0.1", port, smc="auto", device=devices[0], buffer_size=16384)
             server = await listener.accept()
         async with client, server, trio.open_nursery() as nursery:
             nursery.start_soon(send, client, there)
             nursery.start_soon(receive, server, there)
             nursery.start_soon(send, server, back)
             nursery.start_soon(receive, client, back)
+        assert client.smc_info().mode == server.smc_info().mode == "SMC"
 
 
 @given(there=directions, back=directions)
