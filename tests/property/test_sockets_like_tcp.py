@@ -701,7 +701,7 @@ def compare(reference: PairMaker, pairs: PairMaker, *, examples: int, steps: int
 
 
 def test_random_sequences_give_what_they_give_on_tcp(tcp: TcpPairs, tested: PairMaker) -> None:
-    compare(tcp, tested, examples=100)
+    compare(tcp, tested, examples=60, phases=[Phase.generate], derandomize=True, database=None)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
