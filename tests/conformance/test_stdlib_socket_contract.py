@@ -114,7 +114,6 @@ SUITES = [
     Suite("test_urllib2_localnet.TestUrlopen"),
     Suite("test_xmlrpc.SimpleServerTestCase"),
     Suite("test_xmlrpc.KeepaliveServerTestCase2"),
-    Suite("test_ftplib.TestFTPClass"),
     Suite("test_smtplib.DebuggingServerTests"),
     Suite("test_smtplib.SMTPSimTests"),
     Suite("test_poplib.TestPOP3Class", without={"test_stls": STARTTLS, "test_stls_context": STARTTLS}),
