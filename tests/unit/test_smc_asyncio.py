@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import select
 import socket
 from typing import Any
@@ -360,7 +359,6 @@ def test_a_transport_that_is_dropped_warns_and_ends_the_connection(kind: str) ->
         rig.abandon()
         with warns_of_a_transport():
             near.transport = None
-            gc.collect()
         assert await far.closed() is None
 
     run(kind, main)
@@ -377,7 +375,6 @@ def test_a_loop_may_be_closed_with_connections_open(kind: str) -> None:
     run(kind, main)
     with warns_of_a_transport():
         made.clear()
-        gc.collect()
 
 
 # -- protocols and names ---------------------------------------------------------------------------------------------
