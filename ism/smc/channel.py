@@ -35,6 +35,7 @@ from ism.smc.connection import Connection
 NONBLOCKING_WAIT_S = 0.002
 _PEEK_PAUSE_S = 0.0005
 _STRAY_BYTES = 1 << 16
+_URGENT_BYTES = 1 << 10
 _FOREVER = float("inf")
 _Buffer = Any
 
@@ -229,11 +230,17 @@ class Channel:
         return beyond >= endpoint.rx_ring_bytes or (bool(endpoint.peer_flags()) and endpoint.readable_bytes() == beyond)
 
     def _drop_stray(self) -> None:
-        """Drop what has come over TCP besides the ballast: it would make the descriptor readable for ever."""
+        """Drop what has come over TCP besides the ballast: it would make the descriptor readable for ever.
+
+        A little is urgent data, or a hostile peer's. More was sent past the peer's socket and is lost: an error.
+        """
+        there = 0
         with contextlib.suppress(OSError):
             there = len(self.raw.recv(_STRAY_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK))
             if there > 1:
                 self.raw.recv(there - 1, socket.MSG_DONTWAIT)
+        if there > _URGENT_BYTES:
+            self.connection.fail()
 
     def _wait_for(self, attempt: Callable[[], Any], timeout_s: float | None) -> Any:
         if self.mirrored:
@@ -241,6 +248,8 @@ class Channel:
         if timeout_s == 0.0:
             if self.mirrored:
                 self._refresh()
+                if self._lowat == 1 and (result := attempt()) is not None:
+                    return result
             raise would_block()
         deadline = deadline_of(timeout_s)
         connection = self.connection

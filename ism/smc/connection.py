@@ -253,8 +253,8 @@ class Connection:
                 self._take(self._states.error_reported())
         raise os_error(outcome)
 
-    def _fail(self) -> None:
-        """This side cannot go on: abort, and tell the peer."""
+    def fail(self) -> None:
+        """This side cannot go on: abort, and tell the peer. What comes next here is ECONNABORTED, and there a reset."""
         self._spoilt = True
         with self._state_lock:
             self._publish(self._take(self._states.fail()))
@@ -265,7 +265,7 @@ class Connection:
             raise os_error(Outcome.EBADF) from None  # another thread closed; what the endpoint saw then means nothing
         if isinstance(problem, LocalProtocolError):
             raise problem
-        self._fail()
+        self.fail()
         raise os_error(Outcome.ECONNABORTED) from problem
 
     def _publish(self, step: Step) -> None:
@@ -433,7 +433,7 @@ class Connection:
             self._device_lost = True
             self._doorbell()  # does it go to the peer directly, or did it need the device?
         if self._doorbell.lost is not None:
-            self._fail()  # neither side can wake the other any more: so none may sleep
+            self.fail()  # neither side can wake the other any more: so none may sleep
         elif not self._peer_gone and not self._read_ended:
             return True
         unpark()

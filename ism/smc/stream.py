@@ -37,6 +37,8 @@ from ism.smc.trio_wait import default_device
 _DEFAULT_RECEIVE = 65536
 _LONGEST_TURN_S = 0.001
 """A send that the peer keeps up with yields this often, so that other tasks run and cancellation is seen."""
+_LARGEST_PIECE = 1 << 20
+"""One call of the connection goes on for as long as the peer makes room, so it is given no more at once."""
 _ATTEMPT_DELAY_S = 0.25
 """How long one address is tried before the next is tried beside it (RFC 8305)."""
 _LARGEST_BACKLOG = 0xFFFF
@@ -136,8 +138,9 @@ class SmcStream(trio.abc.HalfCloseableStream):
                 if connection is None:
                     return await self._over_tcp.send_all(data)
             await trio.lowlevel.checkpoint_if_cancelled()
-            sent = connection.send(data)
-            if sent != (len(data) if type(data) is bytes else memoryview(data).nbytes):
+            size = len(data) if type(data) is bytes else memoryview(data).nbytes
+            sent = connection.send(data) if size <= _LARGEST_PIECE else 0
+            if sent != size:
                 await self._send_rest(connection, data, sent)
             await trio.lowlevel.cancel_shielded_checkpoint()
         except (IsmError, OSError) as exc:
@@ -149,7 +152,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
         view = memoryview(data).cast("B")
         turn_ends_s = time.perf_counter() + _LONGEST_TURN_S
         while sent < len(view):
-            taken = connection.send(view[sent:])
+            taken = connection.send(view[sent : sent + _LARGEST_PIECE])
             sent += taken
             if taken or not await self._channel.wait_writable(connection):
                 if time.perf_counter() < turn_ends_s:

@@ -68,7 +68,8 @@ class TrioChannel:
     """A TCP socket, and what has become of it.
 
     Attributes: `tcp` (trio's socket), `policy`, `device` (None: the process's), `link`, `fallback` (why there is no
-    link), `connection` (once a task knows it), `closed`, `write_ended`, `read_ended` (shut down here).
+    link), `connection` (once a task knows it), `is_tcp` (a task knows that it is TCP, in both directions), `plain` (it
+    is never to be anything else), `closed`, `write_ended`, `read_ended` (shut down here).
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TrioChannel:
         self.tcp, self.policy, self.device, self.fallback = tcp, policy, device, fallback
         self.link: Link | None = None
         self.connection: Connection | None = None
-        self.closed = self.write_ended = self.read_ended = False
+        self.closed = self.write_ended = self.read_ended = self.is_tcp = False
         self.plain = fallback is not None
         self._peername: Any = None
         self._abort = False
@@ -120,6 +121,7 @@ class TrioChannel:
         return self._make_link(device, server_side=True)
 
     def _make_link(self, device: Device, *, server_side: bool) -> Link:
+        self.is_tcp = False
         link = self.link = Link(
             self.tcp.fileno(),
             self.tcp.family,
@@ -167,8 +169,8 @@ class TrioChannel:
         self.fallback = fallback
         if self.policy.mode == "require":
             raise OSError(errno.ECONNABORTED, f"shared memory is required, but {fallback.why}")
-        if self.policy.mode != "off":
-            info.count_fallback(fallback.code, fallback.why, peer)
+        if self.policy.mode != "off":  # that there is no device is no peer's doing: it is logged once
+            info.count_fallback(fallback.code, fallback.why, None if fallback.code == Diagnosis.NOSMCDDEV else peer)
 
     def _on_settled(self, link: Link) -> None:
         """In any thread, with the link's lock held."""
@@ -209,6 +211,7 @@ class TrioChannel:
             raise closed_error()
         if link is None:
             self._check_allowed()
+            self.is_tcp = True
             return None
         link.start(sending=sending)
         if not (link.settled if sending else link.may_receive):
@@ -217,7 +220,9 @@ class TrioChannel:
                 await self._waiter.until(lambda: link.settled if sending else link.may_receive)
             if self.closed:
                 raise trio.ClosedResourceError("another task closed this socket")
-        return self.settled_connection()
+        connection = self.settled_connection()
+        self.is_tcp = connection is None and self.drained
+        return connection
 
     def _check_allowed(self) -> None:
         if self.fallback is not None and self.policy.mode == "require":

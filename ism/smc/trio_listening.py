@@ -13,6 +13,7 @@ import _thread
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -28,6 +29,28 @@ from ism.smc.trio_wait import Signal
 
 _LOST = Fallback(Diagnosis.NOSMCDDEV, "the virtio-ism device was lost; a new one is being opened")
 _LATE = Fallback(Diagnosis.PEERNOSMC, "the connection came before the address was published")
+
+
+_beginning: weakref.WeakSet[Listening] = weakref.WeakSet()
+_beginning_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _beginning_lock  # noqa: PLW0603 (one a process)
+    _beginning_lock = threading.Lock()
+    _beginning.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+async def all_begun() -> None:
+    """Wait for what this process is publishing: who listens, then connects to it, is to find it."""
+    if _beginning:
+        with _beginning_lock:
+            found = list(_beginning)
+        for listening in found:
+            await listening.begun()
 
 
 class Listening:
@@ -58,6 +81,8 @@ class Listening:
         if self._policy.mode == "off" or self._under_way:
             return
         self._under_way = self._patient = True
+        with _beginning_lock:
+            _beginning.add(self)
         try:
             device = self._given or default.opened()
         except (IsmError, OSError) as exc:
@@ -111,6 +136,8 @@ class Listening:
         with self._lock:
             self._fallback, self._under_way = failure, False
             waiters, self._waiters = self._waiters, []
+        with _beginning_lock:
+            _beginning.discard(self)
         for wake in waiters:
             wake()
 

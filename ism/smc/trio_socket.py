@@ -33,7 +33,7 @@ from ism.smc.info import Info
 from ism.smc.policy import Mode, Policy, buffer_for_option, from_environment
 from ism.smc.rendezvous import OFF, Fallback
 from ism.smc.trio_channel import DUPLICATED, ELSEWHERE, IN_LINE, BrokenLinkError, TrioChannel, closed_error
-from ism.smc.trio_listening import Listening
+from ism.smc.trio_listening import Listening, all_begun
 
 T = TypeVar("T")
 _ExceptionClass = type[BaseException]
@@ -44,8 +44,8 @@ _RECV_FLAGS = (
     _std.MSG_DONTWAIT | _std.MSG_PEEK | _std.MSG_WAITALL | _std.MSG_NOSIGNAL | _std.MSG_OOB | _std.MSG_CMSG_CLOEXEC
 )
 _BACKLOG = min(_std.SOMAXCONN, 128)
-_MESSAGE_BYTES = 1 << 20
-"""What `sendmsg` sends at most: so much is worth putting together."""
+_LARGEST_PIECE = 1 << 20
+"""What one call sends at most: `sendmsg` puts it together, and with a peer that keeps up more would take too long."""
 
 
 class SmcSocket(trio.socket.SocketType):
@@ -227,6 +227,8 @@ class SmcSocket(trio.socket.SocketType):
         try:
             numeric = await self._numeric(address)
             if numeric is not None:
+                if channel.policy.mode != "off":
+                    await all_begun()
                 await channel.prepare(numeric)
             await self._tcp.connect(address if numeric is None else numeric)
         except trio.Cancelled:
@@ -271,7 +273,10 @@ class SmcSocket(trio.socket.SocketType):
     async def _send(self, connection: Connection, data: Any) -> int:
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            while not (sent := connection.send(data)) and memoryview(data).nbytes:
+            size = len(data) if type(data) is bytes else memoryview(data).nbytes
+            if size > _LARGEST_PIECE:
+                data = memoryview(data).cast("B")[:_LARGEST_PIECE]
+            while not (sent := connection.send(data)) and size:
                 await self.channel.wait_writable(connection)
         finally:
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -308,6 +313,8 @@ class SmcSocket(trio.socket.SocketType):
     async def _to_send(self) -> Connection | None:
         """Wait until it is known how bytes are sent; None for TCP, whose own call is the checkpoint."""
         channel = self.channel
+        if channel.is_tcp:
+            return None
         if channel.connection is None and channel.undecided:
             await trio.lowlevel.checkpoint_if_cancelled()
             if channel.write_ended:
@@ -407,6 +414,8 @@ class SmcSocket(trio.socket.SocketType):
     async def _to_receive(self) -> Connection | None:
         """Wait until it is known how bytes are received; None for TCP, and when nothing is to be received any more."""
         channel = self.channel
+        if channel.is_tcp:
+            return None
         if channel.connection is None and channel.undecided:
             if channel.read_ended:
                 await trio.lowlevel.checkpoint()
@@ -579,5 +588,5 @@ def _joined(buffers: Iterable[Any]) -> bytes | memoryview:
         return views[0]
     joined = bytearray()
     for view in views:
-        joined += view[: _MESSAGE_BYTES - len(joined)]
+        joined += view[: _LARGEST_PIECE - len(joined)]
     return bytes(joined)

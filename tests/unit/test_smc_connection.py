@@ -387,8 +387,14 @@ async def test_a_stream_that_is_dropped_without_close_warns_and_the_peer_reads_t
             assert await receive_all(server) == b"before it was forgotten"
             assert any("unclosed" in str(warning.message) for warning in caught)
             assert {warning.category for warning in caught} == {ResourceWarning}
-            # a recorded warning refers to what it is about, and that of the socket comes when it likes
-            await until(lambda: caught.clear() is None and tcp() is None)
+            said: list[str] = []
+
+            def is_gone() -> bool:
+                said.extend(str(warning.message) for warning in caught)
+                caught.clear()  # a recorded warning refers to what it is about
+                return tcp() is None and any("socket.socket" in text for text in said)
+
+            await until(is_gone)
 
 
 @bounded

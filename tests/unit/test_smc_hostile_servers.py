@@ -157,6 +157,20 @@ def test_bytes_that_a_peer_sends_over_tcp_do_not_keep_a_polling_program_busy(rig
     check(client, server, "SMC")
 
 
+def test_what_is_sent_past_a_socket_is_an_error_and_not_a_loss(rig: Fabrics) -> None:
+    """As when a program, or the standard event loop, hands the descriptor to `os.sendfile`."""
+    client, server = rig.pair()
+    exchange(client, server)
+    server.setblocking(False)
+    assert not readable(server)
+    socket.SocketType.sendall(client, bytes(20000))
+    until(lambda: readable(server))
+    with pytest.raises(ConnectionAbortedError):
+        server.recv(100)
+    with pytest.raises(ConnectionResetError):
+        client.recv(100)
+
+
 def readable(sock: Any) -> bool:
     return bool(select.select([sock.fileno()], [], [], 0)[0])
 
@@ -202,7 +216,7 @@ def test_a_few_bytes_that_could_begin_a_proposal_are_data_after_the_time_of_a_me
         server = rig.accept(listener)
         until(lambda: server._link.stage is Stage.AGREED)
         attacker.send(clc.SMCR[:2])
-        receiving = Call(lambda: server.recv(1000))
+        receiving = Call(lambda: server.recv(3, socket.MSG_WAITALL))
         assert attacker.verdict() in ("TIMEOUT_CL", "PEERNOSMC")
         attacker.send(b"!")
         assert receiving.result() == clc.SMCR[:2] + b"!"

@@ -261,9 +261,9 @@ async def test_listening_never_waits_and_accepting_waits_for_the_device(
     monkeypatch.setattr(default, "open_device", open_in_memory)
     monkeypatch.setattr(default, "_device", None)
     with await listening(rig, device=None) as listener:
+        client, server = await connected(rig, listener)  # found though nobody has waited for the device
         assert await listener.published() is None
         assert len(devices) == 1
-        client, server = await connected(rig, listener)
         with client, server:
             await greet(client, server)
             assert modes(client, server) == {"SMC"}

@@ -68,6 +68,7 @@ async def test_a_sender_keeps_no_more_in_flight_than_the_peers_ring_holds(rig: S
 
 @bounded
 async def test_a_send_that_the_peer_keeps_up_with_lets_other_tasks_run(rig: SmcRig) -> None:
+    rig.buffer_size = 4 << 20  # so that the two threads do not wait for each other's turn at every few bytes
     client, server = await rig.pair()
     async with client, server:
         reader, total = server.connection, 64 << 20
