@@ -48,7 +48,6 @@ class Suite:
 
 COPIED = "a copy of the descriptor of a connection that is not decided yet: nobody learns of it (docs/sockets.md)"
 FORKED = "a connection stays the parent's after a fork (docs/sockets.md)"
-PAST_THE_SOCKET = "the standard loop hands the descriptor to os.sendfile, past the socket (docs/sockets.md)"
 FIRST_SEND = "a send to a peer that has closed fails at once, not at the second attempt"
 DESCRIPTOR = "it makes another socket of the descriptor, which is refused or of no use over shared memory"
 HANDSHAKE_SHOWS = "a moment of the handshake shows as readable, and a non-blocking receive then gives BlockingIOError"
@@ -118,13 +117,6 @@ SUITES = [
     Suite("test_logging.SocketHandlerTest"),
     Suite("test_asyncio.test_sock_lowlevel.EPollEventLoopTests"),
     Suite("test_asyncio.test_server.SelectorStartServerTests"),
-    Suite(
-        "test_asyncio.test_sendfile.EPollEventLoopTests",
-        without={
-            "test_sendfile_pre_and_post_data": PAST_THE_SOCKET,
-            "test_sendfile_ssl_pre_and_post_data": PAST_THE_SOCKET,
-        },
-    ),
     Suite("test_asyncio.test_streams.StreamTests", shared=False),
 ]
 
