@@ -28,6 +28,7 @@ import _thread
 import contextlib
 import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -80,6 +81,9 @@ CLAIM_ANSWER_S = 30.0
 """How long the manager may take to answer CLAIM; a server cannot decide without it."""
 
 NOT_LISTED = "nobody has published the server's address in the directory"
+
+END_WAIT_S = 0.2
+"""How long a client whose server's region is gone waits for the end of TCP that explains it."""
 
 BALLAST = b"\0"
 """Each side's only byte on TCP after the handshake. It stays unread: see `readiness`."""
@@ -738,7 +742,12 @@ class Link:
 
     def _ask(self, answer: PeerAccepted | None) -> None:
         if answer is not None and self._tx is None:
-            self._tx = handshake.attach(self.device, answer)
+            try:
+                self._tx = handshake.attach(self.device, answer)
+            except DeviceError as exc:
+                if exc.ack == Ack.ENOENT:
+                    _wait_for_end(self._fd)  # a server that closes lets its region go first
+                raise
         if self._rx is None:
             self._rx = handshake.allocate(self.device, self._buffer_size, self._peer, leave_room=self.server_side)
 
@@ -763,7 +772,7 @@ class Link:
         machine = self._machine
         if machine is None or machine.state in (State.CONFIRMED, State.BROKEN):
             self._break(exc)
-        elif not self.server_side and isinstance(exc, DeviceError) and exc.ack == Ack.ENOENT and self._peek(1) == b"":
+        elif not self.server_side and isinstance(exc, DeviceError) and exc.ack == Ack.ENOENT and self._has_ended():
             self._ended()  # the server has closed since
         elif isinstance(exc, QuotaError) and exc.ack == Ack.ENOSPC:
             self._decline(Diagnosis.MAX_DMB, exc)
@@ -1001,6 +1010,13 @@ class Link:
                 return None  # connecting still
             raise
 
+    def _has_ended(self) -> bool:
+        """Whether the peer has closed or reset TCP, and sent nothing that is unread."""
+        try:
+            return self._peek(1) == b""
+        except OSError:
+            return True
+
     def _set_lowat(self, count: int) -> None:
         if count == self._lowat:
             return
@@ -1084,6 +1100,14 @@ def raw_socket(family: int, fd: int) -> _Raw:
     made.settimeout(None)
     os.set_blocking(fd, blocking)
     return made
+
+
+def _wait_for_end(fd: int) -> None:
+    """Wait a moment in this thread for the other side of a TCP connection to end it."""
+    poll = select.poll()
+    with contextlib.suppress(OSError):
+        poll.register(fd, select.POLLRDHUP)
+        poll.poll(END_WAIT_S * 1000)
 
 
 def _abandon(pair: Pair) -> None:

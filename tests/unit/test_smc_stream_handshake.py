@@ -184,9 +184,17 @@ async def test_the_handshake_goes_on_for_the_second_task_when_the_first_is_cance
 @pytest.mark.parametrize("closer", ["client", "server"])
 @bounded
 async def test_closing_during_the_handshake_ends_both_tasks_and_leaves_nothing(rig: SmcRig, closer: str) -> None:
-    client, server = await rig.fresh_pair()
-    stream = client if closer == "client" else server
-    async with client, server, trio.open_nursery() as nursery:
+    other: trio.SocketStream  # it takes no part in the handshake
+    if closer == "client":
+        (silent,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with silent:
+            stream = await rig.connect(silent.socket.getsockname()[1])
+            other = await silent.accept()
+    else:
+        async with await rig.listen() as listener:
+            other = await trio.open_tcp_stream("127.0.0.1", port_of(listener))
+            stream = await listener.accept()
+    async with stream, other, trio.open_nursery() as nursery:
 
         async def expect_closed(call: Any) -> None:
             with pytest.raises(trio.ClosedResourceError):
