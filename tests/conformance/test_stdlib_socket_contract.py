@@ -53,7 +53,24 @@ DESCRIPTOR = "it makes another socket of the descriptor, which is refused or of 
 HANDSHAKE_SHOWS = "a moment of the handshake shows as readable, and a non-blocking receive then gives BlockingIOError"
 STARTTLS = "TLS takes the descriptor, which is refused once bytes have gone through shared memory"
 
+PAST_THE_SOCKET = "the standard loop hands the descriptor to os.sendfile, past the socket (docs/sockets.md)"
+STALLS = "a connection stalls now and then under load, or its descriptor is refused; not found yet"
+
+KNOWN_TO_FAIL = {
+    "test_asyncore.TestAPI_UseIPv4Select": STALLS,
+    "test_asyncore.TestAPI_UseIPv4Poll": STALLS,
+    "test_asyncore.TestAPI_UseIPv6Poll": STALLS,
+    "test_ftplib.TestFTPClass": STALLS,
+    "test_asyncio.test_sendfile.EPollEventLoopTests": PAST_THE_SOCKET,
+}
+"""Run all the same, and shown as expected failures: faults of ours that are open."""
+
 SUITES = [
+    Suite("test_asyncore.TestAPI_UseIPv4Select", shared=False),
+    Suite("test_asyncore.TestAPI_UseIPv4Poll", shared=False),
+    Suite("test_asyncore.TestAPI_UseIPv6Poll", shared=False),
+    Suite("test_ftplib.TestFTPClass"),
+    Suite("test_asyncio.test_sendfile.EPollEventLoopTests"),
     Suite("test_socket.BasicTCPTest", without={"testFromFd": COPIED}),
     Suite("test_socket.BasicTCPTest2", without={"testFromFd": COPIED}),
     Suite("test_socket.BufferIOTest", without={"testRecvFromIntoSmallBuffer": FIRST_SEND}),
@@ -288,12 +305,12 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
-def test_the_standard_librarys_tests_pass(worker: Worker, suite: Suite) -> None:
+def test_the_standard_librarys_tests_pass(worker: Worker, suite: Suite, request: pytest.FixtureRequest) -> None:
+    if suite.name in KNOWN_TO_FAIL and not PLAIN:
+        request.applymarker(pytest.mark.xfail(reason=KNOWN_TO_FAIL[suite.name], strict=False))
     if not there_is(suite.module):
         pytest.skip(f"this Python has no {suite.module}")
     found = worker.run(suite)
-    if found.get("failed"):
-        found = worker.run(suite)  # they have time limits of their own, for a machine that does nothing else
     if "missing" in found:
         pytest.skip(f"this Python's {suite.module} has no such class")
     texts = [f"{name}:\n{text}" for name, text in found["failed"].items()]
