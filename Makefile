@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a file through shared memory between two processes, with the comparison to TCP
-# make test   all tests, what fails on a busy machine up to three times; installs the outside tools they check against (lspci, tshark, spin) when it may
+# make test   all tests; installs the outside tools they check against (lspci, tshark, spin) when it may
 # make lint   ruff, mypy, import-linter
 # make bench  every benchmark, ratios in one run
 # Each target sets up what it needs: a virtual environment in .venv with this project in editable mode.
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	tests/install-tools
-	$(BIN)/python -m pytest --reruns 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
