@@ -5,7 +5,8 @@
  * exchange, wait for them. Checked in every interleaving: both know the same, neither uses a region before its owner
  * has zeroed it, the server believes a four-tuple only when it is whole, and a client that sleeps is rung.
  *
- * The client may lose its patience at any moment, the server may never look, or give its region to another connection.
+ * The client may lose its patience at any moment, the server may never look, or reserve its region for another
+ * connection, or be done with the connection before the client looks.
  *
  * Each macro removes one thing that is needed; the checker must then find an error:
  *   NO_EXCHANGE     the server takes by a load and a store
@@ -14,6 +15,7 @@
  *   NO_LAST_LOOK    the client does not look again before it sleeps
  *   ZERO_LATE       the server zeroes its region after it has taken the offer
  *   OFFER_EARLY     the client offers before it has zeroed its region
+ *   RESET_AT_END    the server clears the word when the connection ends
  */
 
 mtype = { NONE, OFFERED, TAKEN, WITHDRAWN };  /* of the word */
@@ -51,19 +53,35 @@ end:	do
 
 #define FENCE(buffer) empty(buffer)
 
+inline offer()
+{
+	atomic {
+		seen = state;
+		if
+		:: seen == NONE -> state = OFFERED
+		:: else
+		fi
+	}
+}
+
 proctype client()
 {
 	mtype seen;
 #ifdef OFFER_EARLY
-	from_client!TUPLE, NONE; FENCE(from_client);
-	from_client!STATE, OFFERED;
+	from_client!TUPLE, NONE;
+	FENCE(from_client);
+	offer();
 	from_client!CLIENT_ZEROED, NONE;
 #else
 	from_client!CLIENT_ZEROED, NONE;
 	from_client!TUPLE, NONE;
 	FENCE(from_client);
-	from_client!STATE, OFFERED;
+	offer();
 #endif
+	if
+	:: seen != NONE -> goto tcp              /* the region is reserved */
+	:: else
+	fi;
 	if
 	:: skip                                  /* a short wait, awake */
 	:: from_client!WAITS, NONE;
@@ -101,8 +119,11 @@ decide:	FENCE(from_client);
 #endif
 	if
 	:: seen == TAKEN -> client_mode = SMC; assert(server_zeroed)
-	:: else -> client_mode = TCP
-	fi
+	:: else -> goto tcp
+	fi;
+	goto done;
+tcp:	client_mode = TCP;
+done:	skip
 }
 
 proctype server()
@@ -110,7 +131,14 @@ proctype server()
 	mtype seen;
 	if
 	:: server_mode = TCP                     /* it never looks */
-	:: state = NONE; server_mode = TCP       /* its region serves another connection, zeroed */
+	:: skip ->                               /* its region is to serve another connection */
+	   atomic {
+		if
+		:: state == NONE -> state = WITHDRAWN
+		:: else
+		fi
+	   };
+	   server_mode = TCP
 	:: seen = state;
 	   if
 	   :: seen == OFFERED && tuple ->
@@ -143,7 +171,13 @@ proctype server()
 		if
 		:: server_mode == SMC && waits -> rung = true
 		:: else
+		fi;
+#ifdef RESET_AT_END
+		if
+		:: server_mode == SMC -> state = NONE
+		:: else
 		fi
+#endif
 	   :: seen == OFFERED && !tuple -> assert(false)
 	   :: else -> server_mode = TCP
 	   fi

@@ -6,6 +6,9 @@ connection uses, then sets the word to OFFERED. The server, when it accepts a co
 exchanges OFFERED for TAKEN; the client that waits no longer exchanges OFFERED for WITHDRAWN. A compare-and-exchange
 succeeds for one of the two, so both know the same, and nobody has to be asked.
 
+TAKEN stays for the whole life of the connection and after it, until the client offers the pair again: a server may be
+done with a connection, and close it, before the client looks what became of its offer.
+
     client: four-tuple; full fence; state = OFFERED          server: state == OFFERED; full fence; four-tuple is mine?
     client: waits = 1; full fence; TAKEN? else sleep         server: OFFERED -> TAKEN (a full fence); waits == 1? ring
 
@@ -24,6 +27,7 @@ from ism.shm.header import Header
 from ism.virtio import barrier
 
 NONE, OFFERED, TAKEN, WITHDRAWN = range(4)
+_IDLE = (NONE, TAKEN)
 
 _STATE = Header.offset_of("offer_state")
 _WAITS = Header.offset_of("offer_waits")
@@ -59,17 +63,23 @@ def make(region: SharedHeader, connection: bytes, kernel: Exchange) -> bool:
     region.view[_TUPLE] = connection
     region.view[_WAITS : _WAITS + 8] = bytes(8)
     barrier.full()
-    return kernel(region.address + _STATE, NONE, OFFERED) == NONE
+    return _from_idle(region, OFFERED, kernel) in _IDLE
 
 
-def reset(region: SharedHeader) -> None:
-    """Make a region free to be offered, as its owner, while its writer cannot know yet that it is."""
-    region.view[_STATE : _STATE + 8].cast("Q")[0] = NONE
+def _from_idle(region: SharedHeader, desired: int, kernel: Exchange) -> int:
+    """Store `desired` if no connection is offered or reserved; returns what was there."""
+    found = kernel(region.address + _STATE, NONE, desired)
+    return kernel(region.address + _STATE, TAKEN, desired) if found == TAKEN else found
 
 
 def reserve(region: SharedHeader, kernel: Exchange) -> bool:
-    """Keep a region from being offered, as its owner, who zeroes it then; False: it is offered."""
-    return kernel(region.address + _STATE, NONE, WITHDRAWN) != OFFERED
+    """Keep a region from being offered, as its owner, until `release`; False: it is offered."""
+    return _from_idle(region, WITHDRAWN, kernel) != OFFERED
+
+
+def release(region: SharedHeader, kernel: Exchange) -> None:
+    """Let a region that was reserved be offered again, as its owner, while its writer does not know yet that it may."""
+    kernel(region.address + _STATE, WITHDRAWN, NONE)
 
 
 def state(region: SharedHeader) -> int:

@@ -34,11 +34,12 @@ from typing import Any, NoReturn, Protocol
 
 from ism.driver import Region
 from ism.driver.events import Event
-from ism.errors import IsmError, LocalProtocolError, ProtocolError, RemoteProtocolError
+from ism.errors import DeviceGoneError, IsmError, LocalProtocolError, ProtocolError, RemoteProtocolError
 from ism.eventfd import drain
 from ism.memory import PAGE_SIZE, Mapping
 from ism.shm import HEADER_BYTES, Endpoint, RxState, offer
 from ism.shm.header import FLAGS, Flags
+from ism.shm.kernels import load_kernels
 from ism.smc.group import Address, link_groups
 from ism.smc.handshake_machine import PeerAnswer
 from ism.smc.states import ConnectionStates, Outcome, State, Step
@@ -148,6 +149,16 @@ class Connection:
         self.rx.on_event(_weak(self._on_event))
         self._take(self._states.established())
         _live.add(self)
+
+    def move(self, tcp: HasFileno) -> None:
+        """Watch the TCP connection by another descriptor from now on. Raises OSError, DeviceGoneError."""
+        with self._state_lock, self._end_lock:
+            if self._closed or not self._started:
+                raise os_error(Outcome.EBADF)
+            with contextlib.suppress(DeviceGoneError):  # nobody watches then, as before
+                self._service.add(tcp.fileno(), _weak(self._on_tcp, keep=tcp), hangup_only=True)
+            self._service.remove(self._tcp_fd)
+            self._tcp, self._tcp_fd = tcp, tcp.fileno()
 
     # -- service thread -----------------------------------------------------------------------------------------
 
@@ -499,7 +510,7 @@ class Connection:
             rx.close()
             return
         rx.wake()  # whoever sleeps on it must see that this is over
-        offer.reset(rx)  # before the peer can know that it may offer the pair again
+        offer.release(rx, load_kernels().exchange)  # before the peer can know that it may offer the pair again
         link_groups(rx.device).keep(
             self.peer.devid, rx, tx, self.peer, client=self.client_side, address=self.client_address
         )

@@ -120,7 +120,7 @@ class LinkGroups:
                 self.made += 1
                 return None
             self.reused += 1
-        region.view[: len(_ZEROES)] = _ZEROES
+        region.view[: len(_RING_ZEROES)] = _RING_ZEROES  # not the offer: it is reserved, and stays so
         drain(region.fileno())
         region.on_event(None)
         return region

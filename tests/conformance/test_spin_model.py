@@ -38,7 +38,15 @@ DECISION_REMOVALS = [
     "NO_DROP",
     "NO_ANSWER",
 ]
-OFFER_REMOVALS = ["NO_EXCHANGE", "WITHDRAW_STORE", "NO_SLEEP_FENCE", "NO_LAST_LOOK", "ZERO_LATE", "OFFER_EARLY"]
+OFFER_REMOVALS = [
+    "NO_EXCHANGE",
+    "WITHDRAW_STORE",
+    "NO_SLEEP_FENCE",
+    "NO_LAST_LOOK",
+    "ZERO_LATE",
+    "OFFER_EARLY",
+    "RESET_AT_END",
+]
 FENCES_X86_NEEDS = [name for name in REMOVALS if name.endswith("_FENCE")]
 
 pytestmark = pytest.mark.skipif(

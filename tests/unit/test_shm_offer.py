@@ -44,18 +44,10 @@ def test_the_first_of_taking_and_withdrawing_counts() -> None:
     assert not offer.withdraw(page, exchange)
     assert offer.state(page) == offer.TAKEN
     assert not offer.take(page, exchange)
-    offer.reset(page)
-    assert offer.make(page, CONNECTION, exchange)
+    assert offer.make(page, CONNECTION, exchange)  # the next connection
     assert offer.withdraw(page, exchange)
     assert not offer.take(page, exchange)
     assert not offer.matches(page, CONNECTION)
-
-
-def test_an_offer_whose_region_was_given_away_is_withdrawn() -> None:
-    page = Mapping(PAGE_SIZE)
-    assert offer.make(page, CONNECTION, exchange)
-    page.view[:] = bytes(PAGE_SIZE)
-    assert offer.withdraw(page, exchange)
 
 
 def test_a_client_that_sleeps_says_so_and_looks_again() -> None:
@@ -72,7 +64,7 @@ def test_two_threads_at_once_never_both_succeed() -> None:
     page = Mapping(PAGE_SIZE)
     load_kernels()
     for _ in range(ROUNDS):
-        offer.reset(page)
+        page.view[:] = bytes(PAGE_SIZE)
         assert offer.make(page, CONNECTION, exchange)
         ready, results = threading.Barrier(2), {}
 
@@ -105,6 +97,18 @@ def test_a_region_that_its_owner_gives_away_cannot_be_offered_nor_an_offered_one
     page = Mapping(PAGE_SIZE)
     assert offer.reserve(page, exchange)
     assert not offer.make(page, CONNECTION, exchange)
-    offer.reset(page)
+    offer.release(page, exchange)
     assert offer.make(page, CONNECTION, exchange)
     assert not offer.reserve(page, exchange)
+    offer.release(page, exchange)
+    assert offer.matches(page, CONNECTION)
+
+
+def test_what_became_of_an_offer_can_be_seen_after_the_owner_is_done_with_the_connection() -> None:
+    page = Mapping(PAGE_SIZE)
+    assert offer.make(page, CONNECTION, exchange)
+    assert offer.take(page, exchange)
+    offer.release(page, exchange)  # as at the end of any connection
+    assert not offer.withdraw(page, exchange)
+    assert offer.reserve(page, exchange)
+    assert not offer.make(page, CONNECTION, exchange)

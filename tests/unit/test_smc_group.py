@@ -12,7 +12,7 @@ import pytest
 from ism.driver import Device, Region
 from ism.ids import DevId, Gid
 from ism.shm import compile_kernels, offer
-from ism.shm.header import PRODUCER
+from ism.shm.header import PRODUCER, Header
 from ism.shm.kernels import load_kernels
 from ism.smc import group as group_module
 from ism.smc.group import LinkGroups, link_groups, publish_released, release_idle
@@ -25,6 +25,7 @@ RIGHTS = Permission.READ | Permission.WRITE | Permission.ATTACH
 CLIENT, SERVER = bytes(15) + b"\1", bytes(15) + b"\2"
 CONNECTION = offer.connection_bytes(0, CLIENT, 40000, SERVER, 80)
 OTHER = offer.connection_bytes(0, CLIENT, 40001, SERVER, 80)
+OFFER = Header.offset_of("offer_state")
 FROM = (CLIENT, 0)
 
 
@@ -55,7 +56,7 @@ class Ended:
         self.server = Side(two, link_groups(two), second, two.attach(first.token))
 
     def keep(self, side: Side, peer: Side, *, address: tuple[bytes, int] | None = FROM) -> None:
-        offer.reset(side.own)
+        offer.release(side.own, load_kernels().exchange)
         answer = PeerAnswer(
             gid=Gid(peer.device.gid), devid=peer.devid, token=peer.own.token, size=SIZE, eid="X", link_id=0,
             first_contact=True, host="",
@@ -95,7 +96,7 @@ def test_an_own_region_is_given_again_once_its_writer_has_released_it_and_zeroed
     assert client.groups.take_own(server.devid, SIZE) is None, "its writer may be writing still"
     publish_released(server.attached)
     assert client.groups.take_own(server.devid, SIZE) is client.own
-    assert not any(client.own.view[:4096])
+    assert not any(client.own.view[:OFFER])
     assert (client.groups.made, client.groups.reused) == (1, 1)
     for region in (client.own, server.own, server.attached):
         region.close()
@@ -165,11 +166,9 @@ def test_a_region_in_use_cannot_be_offered(ended: Ended) -> None:
     ended.keep_both()
     given = server.groups.take_own(client.devid, SIZE)  # for a connection announced by a message
     assert given is server.own
-    pair = client.groups.offer(server.devid, SIZE, CONNECTION)
-    assert pair is not None, "its owner has begun to write it by then, and zeroed the word"
+    assert client.groups.offer(server.devid, SIZE, CONNECTION) is None
     assert server.groups.take_offer(FROM, CONNECTION) is None
-    for region in (*pair.regions(), given):
-        region.close()
+    given.close()
 
 
 def test_only_the_side_that_had_connected_offers_and_only_the_other_takes(ended: Ended) -> None:
