@@ -25,6 +25,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,8 @@ from ism.smc.diagnosis import Diagnosis
 from ism.smc.info import Info
 from ism.smc.link import Link, Stage
 from ism.smc.policy import Mode, Policy, buffer_for_option, from_environment
-from ism.smc.rendezvous import COMMAND_WAIT_S, OFF, Fallback, Publication, connect_steps, no_device
+from ism.smc.relay import Relay, relay_of
+from ism.smc.rendezvous import COMMAND_WAIT_S, IN_LINE, OFF, Fallback, Publication, connect_steps, no_device
 
 for _name in dir(_std):
     if not _name.startswith("__"):
@@ -52,6 +54,7 @@ _SEND_FLAGS = _std.MSG_DONTWAIT | _std.MSG_NOSIGNAL | _std.MSG_MORE | _std.MSG_O
 _RECV_FLAGS = (
     _std.MSG_ERRQUEUE | _std.MSG_DONTWAIT | _std.MSG_PEEK | _std.MSG_WAITALL | _std.MSG_NOSIGNAL | _std.MSG_OOB
 )
+_GIVE_AWAY_S = 2.0
 _CLAIM_PATIENCE_S = 0.005
 _NONBLOCKING_PATIENCE_S = 0.25
 _SYN_SENT = 2
@@ -59,6 +62,8 @@ _SYN_SENT = 2
 _FILE_BLOCK = 1 << 18
 _SERVE_S = 30.0
 _LOOK_S = 1.0
+_sendfile = os.sendfile
+"""The system's: `ism run` puts one in its place that comes back here."""
 _local = threading.local()
 
 
@@ -93,6 +98,7 @@ class socket(_Base):
         "_mirrored",
         "_policy",
         "_publication",
+        "_relay",
     )
 
     def __init__(
@@ -102,7 +108,10 @@ class socket(_Base):
         self._channel: Channel | None = None
         self._fallback: Fallback | None = None
         self._publication: Publication | None = None
+        self._relay: Relay | None = None
         self._linger_reset = self._mirrored = False
+        if fileno is not None and (original := socket_of(fileno)) is not None:
+            original._give_away()
         super().__init__(family, type, proto, fileno)
         self._policy = _policy(self, smc)
         if self._policy.mode == "off" and self._policy is not _NONE:
@@ -114,6 +123,8 @@ class socket(_Base):
         """Tell how the bytes of this socket travel, and why."""
         if self._publication is not None:
             return _info.listening(self._fallback, _name_of(_Plain.getsockname, self))
+        if self._relay is not None and _Plain.fileno(self) >= 0:
+            return self._relay.smc_info()
         return _info.describe(self._link, self._fallback, _name_of(_Plain.getsockname, self), self._peer())
 
     def _peer(self) -> Any:
@@ -181,6 +192,7 @@ class socket(_Base):
             return None
         link: Link = outcome
         self._link = link
+        _by_descriptor[_Plain.fileno(self)] = self
         monitor.track(self)
         if self._mirrored:
             link.notice()
@@ -286,6 +298,7 @@ class socket(_Base):
                 _info.count_fallback(outcome.code, outcome.why, address)
             else:
                 made._link = outcome
+                _by_descriptor[fd] = made
         except OSError:
             pass  # the client has gone already: what follows shows it
         return made, address
@@ -439,6 +452,17 @@ class socket(_Base):
             if total and hasattr(file, "seek"):
                 file.seek(offset + total)
         return total
+
+    def send_from(self, fd: int, offset: int | None, count: int) -> int:
+        """As `os.sendfile` to this socket's descriptor: send from a file, from its own position if `offset` is None."""
+        if self._link is None or self._decided(True, self.gettimeout()) is None:
+            return _sendfile(_Plain.fileno(self), fd, offset, count)
+        start = os.lseek(fd, 0, os.SEEK_CUR) if offset is None else offset
+        data = os.pread(fd, min(count, _FILE_BLOCK), start)
+        sent = self.send(data) if data else 0
+        if offset is None:
+            os.lseek(fd, start + sent, os.SEEK_SET)
+        return sent
 
     # -- receiving --------------------------------------------------------------------------------------------------
 
@@ -599,37 +623,45 @@ class socket(_Base):
             link.close()
 
     def detach(self) -> int:
-        """As `socket.detach`: the descriptor of a plain TCP connection.
+        """As `socket.detach`. Of a connection over shared memory the descriptor is that of a relay (`ism.smc.relay`).
 
-        Raises: OSError (EOPNOTSUPP): the connection uses shared memory, which a descriptor alone does not.
+        Raises: OSError (EAGAIN: it cannot be told yet how the bytes travel; or why there is no relay).
         """
-        self._become_plain("detached")
+        self._give_away()
         publication, self._publication = self._publication, None
         if publication is not None:
             publication.withdraw()
         return super().detach()
 
     def dup(self) -> socket:
-        """As `socket.dup`. Raises: OSError (EOPNOTSUPP) for a connection that uses shared memory."""
-        self._become_plain("duplicated")
+        """As `socket.dup`; both are plain sockets from then on. Raises as `detach`."""
+        self._give_away()
         return super().dup()
 
-    def _become_plain(self, what: str) -> None:
-        """Settle for TCP if that is still possible, because the descriptor is given away."""
+    def _give_away(self) -> None:
+        """Make this the plain socket that its descriptor is: TCP if that is still possible, else a relay's.
+
+        Raises: OSError (EAGAIN).
+        """
         link = self._link
         if link is None or link.stage is Stage.CLOSED:
             return
-        if not link.settled:
+        if link.required:
+            link.start(sending=True)
+        elif not link.settled:
             link.give_away()
-            with contextlib.suppress(TimeoutError):
-                _wait_for_link(link, lambda: link.may_receive, time.monotonic() + 2.0)
-        if link.stage is not Stage.TCP or not link.may_receive:
-            raise OSError(
-                errno.EOPNOTSUPP,
-                f"this connection cannot be {what}: its bytes travel through shared memory; "
-                'make the socket with smc="off", or set ISM_SMC=off',
-            )
-        self._fallback = Fallback(link.code, link.why)
+        with contextlib.suppress(TimeoutError):
+            _wait_for_link(link, lambda: link.may_receive, time.monotonic() + _GIVE_AWAY_S)
+        if not link.may_receive:
+            raise OSError(errno.EAGAIN, "it cannot be told yet whether this connection uses shared memory")
+        if link.stage is Stage.SMC:
+            channel = self._channel or self._made_channel(link)
+            self._relay = Relay(_Plain.fileno(self), link, channel)
+            self._link = self._channel = None
+            monitor.forget(self)  # the relay is shown in its place
+            return
+        if link.stage is Stage.TCP:
+            self._fallback = Fallback(link.code, link.why)
         self._drop_link()
 
     def __del__(self) -> None:
@@ -667,12 +699,20 @@ class socket(_Base):
         """As `socket.getpeername`."""
         channel = self._channel
         if channel is None or channel.peername is None:
-            return _Plain.getpeername(self)
+            name = _Plain.getpeername(self)
+            relay = self._relay or relay_of(_Plain.fileno(self))
+            return name if relay is None else relay.remote
         if channel.ended:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if channel.connection.disconnected:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         return channel.peername
+
+    def getsockname(self) -> Any:
+        """As `socket.getsockname`."""
+        name = _Plain.getsockname(self)
+        relay = None if self._link is not None else self._relay or relay_of(_Plain.fileno(self))
+        return name if relay is None else relay.local
 
     def getsockopt(self, level: int, option: int, buflen: int = 0, /) -> Any:
         """As `socket.getsockopt`. An error that a call has raised is not reported again by SO_ERROR."""
@@ -687,8 +727,8 @@ class socket(_Base):
 
     def setsockopt(self, level: int, option: int, *value: Any) -> None:
         """As `socket.setsockopt`: options are TCP's; SO_RCVBUF before connecting also sizes the shared buffer."""
-        if level == _std.SOL_SOCKET and option == _std.SO_OOBINLINE and self._channel is not None:
-            raise OSError(errno.EOPNOTSUPP, "urgent data cannot be put in line over shared memory")
+        if level == _std.SOL_SOCKET and option == _std.SO_OOBINLINE and value and value[0]:
+            self._put_in_line()
         if level == _std.SOL_SOCKET and option == _std.SO_RCVLOWAT and self._channel is not None:
             return
         _Plain.setsockopt(self, level, option, *value)
@@ -699,13 +739,39 @@ class socket(_Base):
         elif option == _std.SO_LINGER:
             linger = _Plain.getsockopt(self, level, option, 8)
             self._linger_reset = linger[:4] != bytes(4) and linger[4:] == bytes(4)
-        elif option == _std.SO_OOBINLINE and self._link is not None:
-            self._become_plain("made to put urgent data in line")
+
+    def _put_in_line(self) -> None:
+        """Urgent data is to be put in line: that is TCP's, or a relay's."""
+        self._give_away()
+        if self._policy.mode == "auto" and self._link is None and self._relay is None:
+            publication, self._publication = self._publication, None
+            if publication is not None:
+                publication.withdraw()
+            self._policy = self._policy.with_mode("off")
+            self._fallback = self._fallback or IN_LINE
 
     def _timeout(self, flags: int) -> float | None:
         """The time a call has: as in the standard library, MSG_DONTWAIT means nothing where there is a timeout."""
         timeout_s = self.gettimeout()
         return 0.0 if timeout_s is None and flags & _std.MSG_DONTWAIT else timeout_s
+
+
+_by_descriptor: weakref.WeakValueDictionary[int, socket] = weakref.WeakValueDictionary()
+"""Sockets that have, or had, a link."""
+
+
+def socket_of(fd: int) -> socket | None:
+    """Return the object of a descriptor whose bytes travel, or may yet, through shared memory."""
+    found = _by_descriptor.get(fd)
+    return found if found is not None and found._link is not None and _Plain.fileno(found) == fd else None
+
+
+def fromfd(fd: int, family: int, type: int, proto: int = 0) -> socket:
+    """As `socket.fromfd`: from then on, as after `dup`, both are plain sockets."""
+    original = socket_of(fd)
+    if original is not None:
+        original._give_away()
+    return socket(family, type, proto, fileno=_std.dup(fd))
 
 
 SocketType = _std.SocketType
@@ -742,8 +808,6 @@ class _Settled:
     __slots__ = ("_socket",)
 
     def __init__(self, sock: socket) -> None:
-        import weakref
-
         self._socket = weakref.ref(sock)
 
     def __call__(self, link: Link) -> None:
@@ -758,7 +822,9 @@ class _Settled:
 
 
 def _policy(sock: socket, smc: Mode | None) -> Policy:
-    """Return what is wanted of a new socket; nothing, when it is not for TCP."""
+    """Return what is wanted of a new socket; nothing, when it is not for TCP, or TLS uses its descriptor."""
+    if type(sock).__module__ == "ssl":  # made from this class, by a program that replaced it before importing `ssl`
+        return _NONE
     if _family(sock) not in _FAMILIES or _kind(sock) != _std.SOCK_STREAM or _proto(sock) not in _TCP_PROTOCOLS:
         return _NONE
     try:
@@ -933,10 +999,11 @@ def _over_this_class(function: Any) -> Any:
 
 
 _namespace = dict(vars(_std))
-for _name in ("create_connection", "create_server", "fromfd", "socketpair", "has_dualstack_ipv6"):
+for _name in ("create_connection", "create_server", "socketpair", "has_dualstack_ipv6"):
     if hasattr(_std, _name):
         _namespace[_name] = globals()[_name] = _over_this_class(getattr(_std, _name))
 _namespace["socket"] = socket
+_namespace["fromfd"] = fromfd
 """So that a traceback shows the standard library's lines, which these are."""
 
 __all__ = list(_std.__all__)

@@ -13,6 +13,9 @@ time hold, and the end of TCP shows by itself. For writing the descriptor is alw
 non-blocking send that finds no room waits `NONBLOCKING_WAIT_S` for some before it gives up, so that a loop around
 select sleeps instead of burning a processor.
 
+When both ends are in this process, the sender sees to the receiver's mirror itself, as the kernel does with TCP on
+loopback: what was sent shows before the send returns. From another process it shows a moment later.
+
 Order: readability is taken back first, then the reader is announced asleep, then the ring is looked at once more: so
 either the look or the peer's doorbell sees new bytes.
 """
@@ -26,9 +29,11 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from ism.driver import Region
 from ism.errors import DeviceGoneError, TransportError
 from ism.smc.connection import Connection
 
@@ -38,6 +43,9 @@ _STRAY_BYTES = 1 << 16
 _URGENT_BYTES = 1 << 10
 _FOREVER = float("inf")
 _Buffer = Any
+
+_mirrored_here: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
+"""The mirrored channels of this process, by the device and token of the region they receive in."""
 
 
 def would_block() -> BlockingIOError:
@@ -69,7 +77,14 @@ class _Sleeper:
         self._poll = select.poll()
         self._poll.register(connection.fd, select.POLLIN)
         self._poll.register(tcp_fd, select.POLLRDHUP)
+        self._tcp_fd = tcp_fd
         self.polling = False
+
+    def move(self, tcp_fd: int) -> None:
+        """Look for the end of TCP at another descriptor from now on."""
+        self._poll.register(tcp_fd, select.POLLRDHUP)
+        self._poll.unregister(self._tcp_fd)
+        self._tcp_fd = tcp_fd
 
     def sleep(self, deadline_s: float, *, mirrored: Callable[[], bool], done: Callable[[], bool]) -> None:
         """Wait until something may have changed. Raises TimeoutError."""
@@ -141,7 +156,19 @@ class Channel:
             except (DeviceGoneError, TransportError, OSError):
                 self._set_lowat(1)  # nobody can watch: better too often than never
                 return
+            rx = self.connection.rx
+            _mirrored_here[rx.device.devid, rx.token] = self
             self._refresh()
+
+    def move(self, raw: socket.SocketType) -> None:
+        """End the mirror, and know TCP by another descriptor from now on: the program's is given away."""
+        with self._mirror:
+            if self.mirrored:
+                self.mirrored = False
+                self._service.remove(self.connection.fd)
+            self._sleeper.move(raw.fileno())
+            self.raw = raw
+        self._sleeper.wake()
 
     def stop(self) -> None:
         """End the mirror; the connection is about to be closed."""
@@ -181,6 +208,15 @@ class Channel:
                     self._set_lowat(1)
                     return
             self._set_lowat(1)
+
+    def _tell_peer_here(self) -> None:
+        """Have what was sent show at the peer's descriptor, if that is this process's too."""
+        connection = self.connection
+        device, tx = connection.rx.device, connection.tx
+        if connection.peer.devid == device.devid and isinstance(tx, Region):
+            peer = _mirrored_here.get((device.devid, tx.token))
+            if peer is not None and peer._lowat != 1 and peer.connection.rx.device is device:
+                peer._refresh()
 
     def _set_lowat(self, count: int) -> None:
         if count != self._lowat:
@@ -280,6 +316,8 @@ class Channel:
         """Send some of `data`, without a timeout all of it. Returns bytes sent. Raises OSError: as TCP."""
         with _Held(self._writing, timeout_s):
             sent = self.connection.send(data)
+            if _mirrored_here:
+                self._tell_peer_here()
             size = len(data) if type(data) is bytes else memoryview(data).nbytes
             if sent == size or (sent and timeout_s is not None):
                 return sent
@@ -289,6 +327,8 @@ class Channel:
         """Send all of `data`. Raises OSError: as TCP; then nobody knows how much was sent."""
         with _Held(self._writing, timeout_s):
             sent = self.connection.send(data)
+            if _mirrored_here:
+                self._tell_peer_here()
             if sent != (len(data) if type(data) is bytes else memoryview(data).nbytes):
                 self._send_rest(data, sent, timeout_s, everything=True)
 
@@ -309,6 +349,8 @@ class Channel:
                 raise
             taken = connection.send(view[sent:])
             sent += taken
+            if _mirrored_here:
+                self._tell_peer_here()
             if taken and not everything:
                 break
             if not taken and deadline != _FOREVER and time.monotonic() > deadline:
@@ -320,7 +362,10 @@ class Channel:
     def send_now(self, data: _Buffer) -> int:
         """Send what fits of `data`, without waiting. Returns bytes sent, 0 for none. Raises OSError: as TCP."""
         with _Held(self._writing, 0.0):
-            return self.connection.send(data)
+            sent = self.connection.send(data)
+            if _mirrored_here:
+                self._tell_peer_here()
+            return sent
 
     def on_room(self, wake: Callable[[], None]) -> bool:
         """Have `wake` called once, from any thread, when a send may find room, or fail; needs the mirror.
@@ -359,6 +404,8 @@ class Channel:
         """As `socket.shutdown`, but for what TCP itself checks. Raises OSError (EBADF, ENOTCONN)."""
         if how in (socket.SHUT_WR, socket.SHUT_RDWR):
             self.connection.shutdown_write()
+            if _mirrored_here:
+                self._tell_peer_here()
         if how in (socket.SHUT_RD, socket.SHUT_RDWR):
             self.connection.shutdown_read()
             if self.mirrored:

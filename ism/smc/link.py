@@ -151,7 +151,6 @@ class Link:
         self.why = ""
         self.error: Exception | None = None
         self.by_peer = self.reused = False
-        self.unread = b""
         self._settled = settled
         self._buffer_size = buffer_size
         self.raw = raw_socket(family, fd)
@@ -369,10 +368,9 @@ class Link:
         kind = ServerHandshake if self.server_side else ClientHandshake
         self._machine = kind(identity, self._nonce)
         if self._given_away:
-            self._decline(Diagnosis.OPTUNSUPP, None)
+            self._decline_given_away()
             return
-        if self.server_side:
-            self._watch()
+        self._watch()  # a client too, though its program may be in no call: a server that declines waits for its answer
         if self._wanted:
             self._begin()
 
@@ -494,9 +492,15 @@ class Link:
             if self.stage is Stage.WAITING and not self.server_side:
                 self._retract()
             elif not self.settled and self._may_decline():
-                self._decline(Diagnosis.OPTUNSUPP, None)
+                self._decline_given_away()
             self._changed()
             return self.may_receive and self.stage is Stage.TCP
+
+    def _decline_given_away(self) -> None:
+        if self._has_ended():
+            self._ended()  # nobody is left to be told, and TCP would answer with a reset
+        else:
+            self._decline(Diagnosis.OPTUNSUPP, None)
 
     def _may_decline(self) -> bool:
         """Whether this side may still go back to TCP; what the device is asked then comes to nothing."""
@@ -891,6 +895,16 @@ class Link:
         if self.connection is not None:
             self.connection.close(abort=True)
             self.connection = None
+
+    def move(self, fd: int) -> None:
+        """In SMC: know the TCP connection by another descriptor, borrowed, from now on. Raises OSError."""
+        with self.lock:
+            if self.connection is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            raw = raw_socket(self.raw.family, fd)
+            self.connection.move(raw)
+            self.raw.detach()
+            self.raw, self._fd = raw, fd
 
     def close(self) -> None:
         """Give the link up; the TCP socket is the caller's to close after it. Idempotent."""

@@ -48,6 +48,12 @@ def track(sock: HasInfo) -> None:
         _tracked.add(sock)
 
 
+def forget(sock: HasInfo) -> None:
+    """Show a socket no more."""
+    with _lock:
+        _tracked.discard(sock)
+
+
 def report() -> dict[str, Any]:
     """Describe this process and its sockets, as plain values."""
     with _lock:

@@ -78,6 +78,7 @@ class Fallback:
 
 
 OFF = Fallback(Diagnosis.CNFERR, "shared memory is switched off for this socket")
+IN_LINE = Fallback(Diagnosis.OPTUNSUPP, "urgent data is to be put in line (SO_OOBINLINE)")
 NO_DIRECTORY = Fallback(Diagnosis.PEERNOSMC, "the device has no directory, and the peer is not in ISM_SMC_PEERS")
 NOT_LISTED = Fallback(Diagnosis.PEERNOSMC, link_module.NOT_LISTED)
 

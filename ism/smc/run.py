@@ -50,10 +50,29 @@ def install() -> None:
     if socket.socket is blocking.socket:
         return
     socket.socket = blocking.socket  # type: ignore[misc]
+    replace_sendfile()
     _when_imported("trio", _set_up_trio)
     _when_imported("asyncio", _set_up_asyncio)
     _when_imported("multiprocessing.spawn", _set_up_spawn)
     _when_imported("socketserver", _set_up_forking_servers)
+
+
+def replace_sendfile() -> None:
+    """Let `os.sendfile`, which event loops hand a socket's descriptor, know the sockets of the blocking surface."""
+    from functools import wraps
+
+    from ism.smc import blocking
+
+    plain = os.sendfile
+
+    @wraps(plain)
+    def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int, *rest: Any, **options: Any) -> int:
+        sock = None if rest or options else blocking.socket_of(out_fd)
+        if sock is None:
+            return plain(out_fd, in_fd, offset, count, *rest, **options)
+        return sock.send_from(in_fd, offset, count)
+
+    os.sendfile = sendfile
 
 
 def _set_up_trio(trio: Any) -> None:

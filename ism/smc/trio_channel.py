@@ -18,6 +18,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,18 +28,20 @@ import trio
 from ism.driver import Device
 from ism.errors import IsmError
 from ism.smc import info, monitor
+from ism.smc.channel import Channel
 from ism.smc.connection import Connection
 from ism.smc.diagnosis import Diagnosis
 from ism.smc.info import Info
 from ism.smc.link import Link, Stage
 from ism.smc.policy import Policy
-from ism.smc.rendezvous import COMMAND_WAIT_S, Fallback, Publication, connect_steps, no_device
+from ism.smc.relay import Relay
+from ism.smc.rendezvous import Fallback, Publication, connect_steps, no_device
 from ism.smc.trio_wait import LinkWaiter, Sleeper, Waker, default_device, run_steps
 
 ELSEWHERE = Fallback(Diagnosis.CNFERR, "the connection was not made by this socket")
-IN_LINE = Fallback(Diagnosis.OPTUNSUPP, "urgent data is to be put in line (SO_OOBINLINE)")
 DUPLICATED = Fallback(Diagnosis.OPTUNSUPP, "the descriptor was duplicated")
 _LINGER_BYTES = 8
+_GIVE_AWAY_S = 1.0
 
 
 class BrokenLinkError(IsmError):
@@ -69,7 +72,8 @@ class TrioChannel:
 
     Attributes: `tcp` (trio's socket), `policy`, `device` (None: the process's), `link`, `fallback` (why there is no
     link), `connection` (once a task knows it), `is_tcp` (a task knows that it is TCP, in both directions), `plain` (it
-    is never to be anything else), `closed`, `write_ended`, `read_ended` (shut down here).
+    is never to be anything else), `relay` (behind the descriptor, once that was given away), `closed`, `write_ended`,
+    `read_ended` (shut down here).
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class TrioChannel:
         self._peername: Any = None
         self._abort = False
         self._waiter: LinkWaiter | None = None
+        self.relay: Relay | None = None
         self._sleeper = Sleeper()
         self._receiving = self._sending = False
         if policy.mode != "off":
@@ -254,6 +259,8 @@ class TrioChannel:
 
     def smc_info(self) -> Info:
         """Describe the connection."""
+        if self.relay is not None and not self.closed:
+            return self.relay.smc_info()
         local = None
         with contextlib.suppress(OSError):
             local = self.tcp.getsockname()
@@ -309,9 +316,10 @@ class TrioChannel:
     # -- giving it away -----------------------------------------------------------------------------------------
 
     def become_plain(self, why: Fallback) -> None:
-        """Let the socket be plain TCP from now on. Waits, if at all, for the device manager only.
+        """Let the socket be the plain one that its descriptor is: TCP if that is still possible, else a relay's.
 
-        Raises: OSError (EOPNOTSUPP): it uses shared memory, must, or the peer has to be heard first.
+        Waits, if at all, for what threads of the library see to, and at most `_GIVE_AWAY_S`.
+        Raises: BusyResourceError; OSError (EAGAIN; EOPNOTSUPP: it is not connected, and must use shared memory then).
         """
         link = self.link
         if link is None:
@@ -320,14 +328,25 @@ class TrioChannel:
             self.fallback = self.fallback if self.plain and self.fallback is not None else why
             self.plain = True
             return
-        if not link.settled and not link.give_away():
-            _until_settled(link)
-        if link.stage is not Stage.TCP:
-            raise OSError(
-                errno.EOPNOTSUPP,
-                f"{why.why}, but the bytes of this connection travel through shared memory; "
-                'make the socket with smc="off", or set ISM_SMC=off',
-            )
+        if link.required:
+            link.start(sending=True)
+        elif not link.settled:
+            link.give_away()
+        _until(link, lambda: link.may_receive)
+        if not link.may_receive:
+            raise OSError(errno.EAGAIN, "it cannot be told yet whether this connection uses shared memory")
+        if link.stage is Stage.SMC:
+            self._put_relay(link)
+
+    def _put_relay(self, link: Link) -> None:
+        if self._receiving or self._sending:
+            raise trio.BusyResourceError("another task is using this socket")
+        connection = link.connection
+        assert connection is not None
+        self.relay = Relay(self.tcp.fileno(), link, Channel(connection, link.raw, max_spin_ns=0, mirrored=False))
+        self.link = self.connection = self._waiter = None
+        self.plain = True
+        monitor.forget(self)  # the relay is shown in its place
 
     @property
     def drained(self) -> bool:
@@ -335,9 +354,7 @@ class TrioChannel:
         return self.link is None or (self.link.stage is Stage.TCP and self.link.may_receive)
 
     def detach(self) -> int:
-        """Give the descriptor away; `become_plain` was called. Raises OSError (EOPNOTSUPP)."""
-        if not self.drained:
-            raise OSError(errno.EOPNOTSUPP, "what the peer says of shared memory must be received first")
+        """Give the descriptor away; `become_plain` was called."""
         self.closed = True
         self.drop_link()
         return self.tcp.detach()
@@ -440,13 +457,13 @@ def _weakly(channel: TrioChannel) -> Callable[[Link], None]:
     return call
 
 
-def _until_settled(link: Link) -> None:
-    """Wait in this thread until the manager has said what became of an intent or a claim, but not for long."""
+def _until(link: Link, done: Callable[[], bool]) -> None:
+    """Wait in this thread, but not for long: for the manager's word, and a handshake under way."""
     changed = threading.Event()
-    for _ in range(2):  # a RETRACT that finds the intent claimed is followed by a DECLINE
-        link.on_change(changed.set)
-        if link.settled or link.stage is not Stage.WAITING:
-            link.forget(changed.set)
-            return
-        changed.wait(COMMAND_WAIT_S)
+    end_s = time.monotonic() + _GIVE_AWAY_S
+    while not done() and (left_s := end_s - time.monotonic()) > 0:
         changed.clear()
+        link.on_change(changed.set)
+        if not done():
+            changed.wait(left_s)
+        link.forget(changed.set)

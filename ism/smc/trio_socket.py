@@ -31,8 +31,9 @@ from ism.errors import ConfigError
 from ism.smc.connection import Connection
 from ism.smc.info import Info
 from ism.smc.policy import Mode, Policy, buffer_for_option, from_environment
-from ism.smc.rendezvous import OFF, Fallback
-from ism.smc.trio_channel import DUPLICATED, ELSEWHERE, IN_LINE, BrokenLinkError, TrioChannel, closed_error
+from ism.smc.relay import Relay, relay_of
+from ism.smc.rendezvous import IN_LINE, OFF, Fallback
+from ism.smc.trio_channel import DUPLICATED, ELSEWHERE, BrokenLinkError, TrioChannel, closed_error
 from ism.smc.trio_listening import Listening, all_begun
 
 T = TypeVar("T")
@@ -130,13 +131,23 @@ class SmcSocket(trio.socket.SocketType):
 
     def getsockname(self) -> Any:
         """As `socket.getsockname`."""
-        return self._tcp.getsockname()
+        name = self._tcp.getsockname()
+        relay = self._relay
+        return name if relay is None else relay.local
+
+    @property
+    def _relay(self) -> Relay | None:
+        if self.channel.link is not None:
+            return None
+        return self.channel.relay or relay_of(self._tcp.fileno())
 
     def getpeername(self) -> Any:
         """As `socket.getpeername`."""
         connection = self.channel.connection
         if connection is None or self.channel.closed or self.channel.peername is None:
-            return self._tcp.getpeername()
+            name = self._tcp.getpeername()
+            relay = self._relay
+            return name if relay is None else relay.remote
         if connection.disconnected:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         return self.channel.peername  # TCP itself may have been reset by the peer's orderly close
@@ -152,7 +163,7 @@ class SmcSocket(trio.socket.SocketType):
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
         """As `socket.setsockopt`, of TCP. SO_RCVBUF also sizes the shared buffer, when set early enough.
 
-        SO_OOBINLINE makes a connection plain TCP. Raises: OSError; EOPNOTSUPP when it is too late for that.
+        SO_OOBINLINE makes a connection plain TCP; one over shared memory gets a relay. Raises: OSError; as `dup`.
         """
         in_socket = level == _std.SOL_SOCKET
         if in_socket and optname == _std.SO_OOBINLINE and value:
@@ -491,7 +502,10 @@ class SmcSocket(trio.socket.SocketType):
         self.close()
 
     def detach(self) -> int:
-        """As `socket.detach`. Raises OSError: EOPNOTSUPP when the bytes travel, or may, through shared memory."""
+        """As `socket.detach`. Of a connection over shared memory the descriptor is that of a relay (`ism.smc.relay`).
+
+        Raises: BusyResourceError; OSError (EAGAIN: it cannot be told yet how the bytes travel).
+        """
         if not self.channel.closed:
             if self._listening is None:
                 self.channel.become_plain(DUPLICATED)
@@ -500,12 +514,10 @@ class SmcSocket(trio.socket.SocketType):
         return self._tcp.detach()
 
     def dup(self) -> SmcSocket:
-        """As `socket.dup`: both are plain TCP from then on, a listening one aside. Raises as `detach`."""
+        """As `socket.dup`: both are plain from then on, a listening one aside. Raises as `detach`."""
         channel = self.channel
         if not channel.closed and self._listening is None:
             channel.become_plain(DUPLICATED)
-            if not channel.drained:
-                raise OSError(errno.EOPNOTSUPP, "what the peer says of shared memory must be received first")
         policy = channel.policy.with_mode("off")
         return self._over(TrioChannel(self._tcp.dup(), policy, None, channel.fallback or DUPLICATED))
 

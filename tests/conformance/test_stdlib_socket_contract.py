@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CLASS_S = 30
+CLASS_S = 60
 """The worker gives up, with the traceback of every thread, when one class takes longer."""
 FUNCTIONS = ("socket", "create_connection", "create_server", "fromfd", "socketpair", "has_dualstack_ipv6")
 UNDER_TEST = "ism.smc.blocking"
@@ -46,33 +46,20 @@ class Suite:
         return "test." + self.name.rpartition(".")[0]
 
 
-COPIED = "a copy of the descriptor of a connection that is not decided yet: nobody learns of it (docs/sockets.md)"
 FORKED = "a connection stays the parent's after a fork (docs/sockets.md)"
 FIRST_SEND = "a send to a peer that has closed fails at once, not at the second attempt"
-DESCRIPTOR = "it makes another socket of the descriptor, which is refused or of no use over shared memory"
 HANDSHAKE_SHOWS = "a moment of the handshake shows as readable, and a non-blocking receive then gives BlockingIOError"
-STARTTLS = "TLS takes the descriptor, which is refused once bytes have gone through shared memory"
-
-PAST_THE_SOCKET = "the standard loop hands the descriptor to os.sendfile, past the socket (docs/sockets.md)"
-STALLS = "a connection stalls now and then under load, or its descriptor is refused; not found yet"
-
-KNOWN_TO_FAIL = {
-    "test_asyncore.TestAPI_UseIPv4Select": STALLS,
-    "test_asyncore.TestAPI_UseIPv4Poll": STALLS,
-    "test_asyncore.TestAPI_UseIPv6Poll": STALLS,
-    "test_ftplib.TestFTPClass": STALLS,
-    "test_asyncio.test_sendfile.EPollEventLoopTests": PAST_THE_SOCKET,
-}
-"""Run all the same, and shown as expected failures: faults of ours that are open."""
 
 SUITES = [
     Suite("test_asyncore.TestAPI_UseIPv4Select", shared=False),
     Suite("test_asyncore.TestAPI_UseIPv4Poll", shared=False),
     Suite("test_asyncore.TestAPI_UseIPv6Poll", shared=False),
     Suite("test_ftplib.TestFTPClass"),
+    Suite("test_ftplib.TestTLS_FTPClass", shared=False),
+    Suite("test_ssl.ThreadedTests", shared=False),
     Suite("test_asyncio.test_sendfile.EPollEventLoopTests"),
-    Suite("test_socket.BasicTCPTest", without={"testFromFd": COPIED}),
-    Suite("test_socket.BasicTCPTest2", without={"testFromFd": COPIED}),
+    Suite("test_socket.BasicTCPTest"),
+    Suite("test_socket.BasicTCPTest2"),
     Suite("test_socket.BufferIOTest", without={"testRecvFromIntoSmallBuffer": FIRST_SEND}),
     Suite("test_socket.ContextManagersTest"),
     Suite("test_socket.CreateServerTest", shared=False),
@@ -117,7 +104,7 @@ SUITES = [
     Suite("test_selectors.EpollSelectorTestCase", without={"test_above_fd_setsize": "thousands of connections"}),
     Suite("test_asyncore.DispatcherWithSendTests"),
     Suite("test_telnetlib.GeneralTests", shared=False),
-    Suite("test_httplib.BasicTest", shared=False, without={"test_response_fileno": DESCRIPTOR}),
+    Suite("test_httplib.BasicTest", shared=False),
     Suite("test_httplib.SourceAddressTest", shared=False),
     Suite("test_httplib.TimeoutTest", shared=False),
     Suite("test_httplib.HTTPSTest", shared=False),
@@ -129,7 +116,7 @@ SUITES = [
     Suite("test_xmlrpc.KeepaliveServerTestCase2"),
     Suite("test_smtplib.DebuggingServerTests"),
     Suite("test_smtplib.SMTPSimTests"),
-    Suite("test_poplib.TestPOP3Class", without={"test_stls": STARTTLS, "test_stls_context": STARTTLS}),
+    Suite("test_poplib.TestPOP3Class"),
     Suite("test_imaplib.ThreadedNetworkedTests"),
     Suite("test_logging.SocketHandlerTest"),
     Suite("test_asyncio.test_sock_lowlevel.EPollEventLoopTests"),
@@ -187,6 +174,7 @@ class Replaced:
         module = importlib.import_module(name)
         for function in FUNCTIONS:
             setattr(socket, function, getattr(module, function))
+        importlib.import_module("ism.smc.run").replace_sendfile()
         end = module.socket._real_close
 
         def counted_end(sock: Any, *arguments: Any) -> None:
@@ -305,9 +293,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
-def test_the_standard_librarys_tests_pass(worker: Worker, suite: Suite, request: pytest.FixtureRequest) -> None:
-    if suite.name in KNOWN_TO_FAIL and not PLAIN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN_TO_FAIL[suite.name], strict=False))
+def test_the_standard_librarys_tests_pass(worker: Worker, suite: Suite) -> None:
     if not there_is(suite.module):
         pytest.skip(f"this Python has no {suite.module}")
     found = worker.run(suite)

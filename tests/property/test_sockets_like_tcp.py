@@ -366,7 +366,6 @@ GIVEN_AWAY: dict[str, Callable[[Any, Any], Any]] = {
     "detach and wrap": rewrapped,
     "dup": lambda m, s: copied(s),
 }
-"""Refused where the bytes travel through shared memory, and the same as on TCP elsewhere."""
 LEAVES_A_MARK = (
     "close",
     "with",
@@ -453,8 +452,6 @@ STATES = [
 
 
 MEANT: dict[str, Callable[[Any], bool]] = {
-    # a descriptor alone does not carry what goes through shared memory
-    **dict.fromkeys(GIVEN_AWAY, lambda found: found == Raised(OSError, errno.EOPNOTSUPP)),
     # TCP stays open and idle below, so it can neither be bound again nor is it readable when only reading is shut
     **dict.fromkeys(["bind", "bind(used)"], lambda found: found == Raised(OSError, errno.EINVAL)),
     **dict.fromkeys(["accept", "recv(1, MSG_OOB)"], lambda found: found == Raised(TimeoutError)),
