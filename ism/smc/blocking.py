@@ -91,6 +91,7 @@ class socket(_Base):
 
     __slots__ = (
         "__dict__",
+        "_carried",
         "_channel",
         "_fallback",
         "_linger_reset",
@@ -109,7 +110,7 @@ class socket(_Base):
         self._fallback: Fallback | None = None
         self._publication: Publication | None = None
         self._relay: Relay | None = None
-        self._linger_reset = self._mirrored = False
+        self._linger_reset = self._mirrored = self._carried = False
         if fileno is not None and (original := socket_of(fileno)) is not None:
             original._give_away()
         super().__init__(family, type, proto, fileno)
@@ -638,9 +639,10 @@ class socket(_Base):
         self._give_away()
         return super().dup()
 
-    def _give_away(self) -> None:
+    def _give_away(self, end_s: float | None = None) -> None:
         """Make this the plain socket that its descriptor is: TCP if that is still possible, else a relay's.
 
+        Args: `end_s`: how long to wait for the decision, on the clock of `time.monotonic`.
         Raises: OSError (EAGAIN).
         """
         link = self._link
@@ -651,7 +653,7 @@ class socket(_Base):
         elif not link.settled:
             link.give_away()
         with contextlib.suppress(TimeoutError):
-            _wait_for_link(link, lambda: link.may_receive, time.monotonic() + _GIVE_AWAY_S)
+            _wait_for_link(link, lambda: link.may_receive, end_s or time.monotonic() + _GIVE_AWAY_S)
         if not link.may_receive:
             raise OSError(errno.EAGAIN, "it cannot be told yet whether this connection uses shared memory")
         if link.stage is Stage.SMC:
@@ -764,6 +766,25 @@ def socket_of(fd: int) -> socket | None:
     """Return the object of a descriptor whose bytes travel, or may yet, through shared memory."""
     found = _by_descriptor.get(fd)
     return found if found is not None and found._link is not None and _Plain.fileno(found) == fd else None
+
+
+def _before_fork() -> None:
+    """Give away what was accepted and is not used yet: it may be the child that serves it."""
+    fresh = [sock for sock in list(_by_descriptor.values()) if not sock._carried and _is_fresh(sock._link)]
+    for sock in fresh:
+        if sock._link is not None:
+            sock._link.give_away()
+    end_s = time.monotonic() + _GIVE_AWAY_S
+    for sock in fresh:
+        with contextlib.suppress(OSError):  # then it stays the parent's
+            sock._give_away(end_s)
+
+
+def _is_fresh(link: Link | None) -> bool:
+    return link is not None and link.server_side and link.unused
+
+
+os.register_at_fork(before=_before_fork)
 
 
 def fromfd(fd: int, family: int, type: int, proto: int = 0) -> socket:

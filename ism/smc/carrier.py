@@ -154,6 +154,7 @@ class Carrier:
         self.family, self.type, self.proto = sock.family, sock.type, sock.proto
         self.loop = LoopOfTransport(loop, self)
         self._loop, self._sock, self._link = loop, sock, link
+        sock._carried = True
         self._phase = Phase.UNDECIDED
         self._connection: Connection | None = None
         self._reader: asyncio.Handle | None = None

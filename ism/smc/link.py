@@ -370,7 +370,9 @@ class Link:
         if self._given_away:
             self._decline_given_away()
             return
-        self._watch()  # a client too, though its program may be in no call: a server that declines waits for its answer
+        if self.server_side or self._nonce:
+            # a claimed client too, though its program may be in no call: a server that declines waits for its answer
+            self._watch()
         if self._wanted:
             self._begin()
 
@@ -385,6 +387,13 @@ class Link:
     def may_receive(self) -> bool:
         """Whether it is known how bytes are received: in TCP, what is left of a handshake was read too."""
         return self.stage in _SETTLED and (self.stage is not Stage.TCP or not self._to_be_drained())
+
+    @property
+    def unused(self) -> bool:
+        """Whether the program has neither sent nor received: somebody else may, with the descriptor."""
+        connection = self.connection
+        moved = connection is not None and (connection.endpoint.sent_bytes or connection.endpoint.received_bytes)
+        return not self._wanted and not moved and self.stage not in (Stage.CLOSED, Stage.BROKEN)
 
     def start(self, *, sending: bool) -> None:
         """Begin the handshake: the program wants to send, or to receive."""

@@ -6,9 +6,10 @@ Owns what has to be known of a socket for that (four-tuple, network namespace) a
 trio task use the same steps: `steps.send(None)` after each command is done, or its time is up.
 
 A client has to know its four-tuple before it connects: it asks the kernel for the source address by connecting a
-datagram socket, which sends nothing, and binds to that address and a port the kernel chooses. A destination that was
-never seen in the directory is looked up first, so that a connection to a plain server costs one command and is bound to
-nothing.
+datagram socket, which sends nothing, and binds to a port that the kernel chooses. Should connecting choose another
+address all the same (the program has bound the socket to an interface, say), nobody claims the one that was intended. A
+destination that was never seen in the directory is looked up first, so that a connection to a plain server costs one
+command and is bound to nothing.
 """
 
 from __future__ import annotations
@@ -281,7 +282,8 @@ class _Destination:
         port = self._bound[1]
         if not port:
             _let_bind_choose_a_port(self._sock)
-            self._sock.bind((self._source[0], 0, *self._source[2:]))
+            # a port alone: connecting chooses the address, as it would have, and as the probe was told
+            self._sock.bind(("::" if self._sock.family == socket.AF_INET6 else "0.0.0.0", 0))
             port = self._sock.getsockname()[1]
         return packed(self._source[0]), port
 

@@ -46,7 +46,6 @@ class Suite:
         return "test." + self.name.rpartition(".")[0]
 
 
-FORKED = "a connection stays the parent's after a fork (docs/sockets.md)"
 FIRST_SEND = "a send to a peer that has closed fails at once, not at the second attempt"
 HANDSHAKE_SHOWS = "a moment of the handshake shows as readable, and a non-blocking receive then gives BlockingIOError"
 
@@ -96,7 +95,7 @@ SUITES = [
     Suite("test_socket.RecvmsgSCMRightsStreamTest", shared=False),
     Suite("test_socket.SendRecvFdsTests", shared=False),
     Suite("test_socket.TestUnixDomain", shared=False),
-    Suite("test_socketserver.SocketServerTest", without={"test_ForkingTCPServer": FORKED}),
+    Suite("test_socketserver.SocketServerTest"),
     Suite("test_socketserver.ErrorHandlerTest", shared=False),
     Suite("test_socketserver.SocketWriterTest"),
     Suite("test_socketserver.MiscTestCase", shared=False),

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,34 @@ def test_a_program_that_ends_right_after_it_wrote_loses_nothing(
         assert server.recv(1) == b""
         stack.pop_all()
         assert process.wait(LIMIT_S) == 0
+
+
+@pytest.mark.parametrize("when", ["undecided", "in shared memory"])
+def test_a_child_serves_what_its_parent_has_accepted(ends: Ends, when: str) -> None:
+    if when == "in shared memory":  # taken from the start, since the pair has one of an earlier connection
+        client, server = ends.pair()
+        to_and_fro(client, server)
+        client.close()
+        server.close()
+    listener = ends.listen()
+    client = ends.connect(listener.getsockname())
+    server = ends.accept(listener)
+    if when == "in shared memory":
+        client.sendall(b"first")
+        until(lambda: server.smc_info().mode == "SMC")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork among threads
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            if when == "in shared memory":
+                receive_exactly(server, 5)
+            server.sendall(server.recv(100).upper())
+            server.close()
+        os._exit(0)
+    server.close()  # as a server that forks for each connection does
+    client.sendall(b"from the child")
+    assert receive_exactly(client, 14) == b"FROM THE CHILD"
+    assert client.recv(1) == b""
+    assert os.waitpid(child, 0)[1] == 0
+    assert client.smc_info().mode == ("TCP" if when == "undecided" else "SMC")
