@@ -183,9 +183,12 @@ class Channel:
         self._tell_room()
         if self._sleeper.polling:
             return  # a thread that began to sleep before the mirror did: it drains, and looks
-        if not self.connection.closed:
-            self.connection.drain()
-            self._refresh()
+        with self._mirror:
+            if not self.mirrored:
+                return  # ended by `move`: whoever waits from then on polls himself, and must not be robbed of it
+            if not self.connection.closed:
+                self.connection.drain()
+                self._refresh()
         self._sleeper.wake()
 
     def _on_end(self) -> None:

@@ -283,7 +283,7 @@ class _Destination:
         if not port:
             _let_bind_choose_a_port(self._sock)
             # a port alone: connecting chooses the address, as it would have, and as the probe was told
-            self._sock.bind(("::" if self._sock.family == socket.AF_INET6 else "0.0.0.0", 0))
+            self._sock.bind((self._bound[0], 0, *self._bound[2:]))
             port = self._sock.getsockname()[1]
         return packed(self._source[0]), port
 

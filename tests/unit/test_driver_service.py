@@ -345,6 +345,9 @@ def test_whoever_waits_takes_the_answer_itself_and_hands_the_descriptor_back(ser
     teller.join(PATIENCE_S)
     assert answered
     service.remove(fd)
+    idle = threading.Event()
+    assert service.soon(idle.set)
+    assert idle.wait(PATIENCE_S)  # a callback that was about to run when it was removed may run still, and drain
     service.add(fd, counter)
     raise_eventfd(fd)
     counter.wait()
