@@ -9,6 +9,9 @@ every other socket, and every TCP connection that cannot, is what it always was.
 States of a socket: *plain* (nothing of this module is in the way), *undecided* (connected, and a `Link` decides: it
 begins with the first send or receive), *SMC* (a `Channel` carries the bytes). TCP stays open under SMC: names, options
 and polling use it. What differs from TCP is listed in docs/sockets.md.
+
+The file is long because the class has every method of the standard library's that moves bytes; what waits, decides and
+carries is elsewhere (`link`, `channel`, `relay`).
 """
 
 from __future__ import annotations

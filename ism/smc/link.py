@@ -18,6 +18,9 @@ given away as the TCP connection it is (`give_away`).
 Time runs only while somebody waits: `deadline` says how long to wait at most, `expire` what happens then. Whoever may
 still decline does and goes on in TCP; a server that has accepted cannot, and breaks.
 
+The file is long because one lock and one set of states stand behind all of it: decision, handshake and fallback each
+end in any of the others' states. It wants to be cut along those three all the same.
+
 Who may lie: the peer, in every byte. Before the first byte that is taken for a CLC message a server that claimed looks
 whether it carries the claim's nonce: a client that lost the manager speaks TCP, and one cannot carry it by accident.
 """

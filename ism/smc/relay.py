@@ -65,23 +65,24 @@ class Relay:
         self.local = _name_of(link.raw.getsockname)
         self.remote = channel.peername
         self._link, self._channel = link, channel
-        inner, outer = _connected_pair(link.raw.family)
-        try:
-            self._kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        except OSError:
-            inner.close()
-            outer.close()
-            raise
-        self._inner = inner
-        self._busy = False
         assert link.connection is not None
         self._delivered = link.connection.endpoint.received_bytes
-        self._over = make_eventfd()
+        inner, outer = _connected_pair(link.raw.family)
+        with contextlib.ExitStack() as undo:
+            undo.callback(inner.close)
+            undo.callback(outer.close)
+            self._over = make_eventfd()
+            undo.callback(os.close, self._over)
+            self._kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            undo.callback(os.close, self._kept)
+            link.move(self._kept)
+            undo.pop_all()
+        self._inner = inner
+        self._busy = False
         self._left = 2
         self._received, self._sent = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self.inode = os.fstat(outer.fileno()).st_ino
-        link.move(self._kept)
         channel.move(link.raw)
         os.set_blocking(outer.fileno(), blocking)
         inner.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # so that its place shows
@@ -154,20 +155,25 @@ class Relay:
         poll = select.poll()
         poll.register(self._over, select.POLLIN)
         poll.register(self._kept, select.POLLPRI)
-        with contextlib.suppress(OSError):
-            while True:
-                for fd, events in poll.poll():
-                    if fd == self._over:
-                        os.close(fd)
-                        return
-                    if not events & select.POLLPRI:
-                        poll.unregister(fd)  # it has ended
-                        continue
-                    byte = self._link.raw.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)
-                    end = time.monotonic() + _URGENT_S
-                    while not self._nothing_to_program() and time.monotonic() < end:
-                        time.sleep(_LOOK_S)
-                    self._inner.send(byte, socket.MSG_OOB)
+        while True:
+            for fd, events in poll.poll():
+                if fd == self._over:
+                    os.close(fd)
+                    return
+                passed = False
+                if events & select.POLLPRI:
+                    with contextlib.suppress(OSError):
+                        self._pass_urgent()
+                        passed = True
+                if not passed:
+                    poll.unregister(fd)  # one of the two has ended
+
+    def _pass_urgent(self) -> None:
+        byte = self._link.raw.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)
+        end = time.monotonic() + _URGENT_S
+        while not self._nothing_to_program() and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+        self._inner.send(byte, socket.MSG_OOB)
 
     def _nothing_to_program(self) -> bool:
         connection = self._link.connection
@@ -209,8 +215,9 @@ class Relay:
 
     def left_by_fork(self) -> None:
         """Close, in a forked child, what only the parent's threads use."""
-        with contextlib.suppress(OSError):
-            os.close(self._kept)
+        for fd in (self._kept, self._over):
+            with contextlib.suppress(OSError):
+                os.close(fd)
         self._inner.close()
 
 
