@@ -6,7 +6,7 @@ whether an offer suits (`handshake_machine`) and never reads a byte behind the m
 8-byte header first, so that application data stays in the TCP stream. Emitted is the SMC-D version 2 subset with the
 128-bit GID of an emulated ISM device; accepted is whatever a correct peer may send, of which the SMC-R and version 1
 parts are measured and skipped. Every byte received may lie: counts, offsets and lengths must add up exactly, reserved
-bytes are ignored, and anything else is `HandshakeError`.
+bytes are ignored, and anything else is `HandshakeError`. Four messages, one file: their parts and checks are shared.
 """
 
 from __future__ import annotations

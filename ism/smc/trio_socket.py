@@ -9,6 +9,8 @@ the same direction, ClosedResourceError for one that waits while another closes.
 Flags are those of a non-blocking socket, which trio's are: MSG_WAITALL and MSG_DONTWAIT change nothing. Urgent data
 (MSG_OOB) travels over TCP, which stays open underneath; so does what options and names are about.
 
+Long, because a trio socket has so many methods; what decides and waits is in `trio_channel`.
+
 No module here is called `socket`, because that is the function `ism.smc.socket`, in `trio_factory`.
 """
 

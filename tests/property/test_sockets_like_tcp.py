@@ -7,6 +7,8 @@ readiness for reading. To check the check, it also runs on TCP against TCP, and 
 
 Left out, since it may differ: how much the buffers hold, urgent data, the buffer sizes that the kernel chooses itself,
 and the first send after the peer's close, which TCP cannot refuse and we do.
+
+One file: single calls and random sequences use the same pairs, calls and comparison.
 """
 
 from __future__ import annotations
