@@ -33,7 +33,7 @@ from ism.eventfd import drain, make_eventfd
 from ism.ids import DevId, Gid
 from ism.memory import PAGE_SIZE
 from ism.virtio.ism_spec import QUEUE_CONTROL, QUEUE_EVENTS, IsmFeature
-from ism.virtio.pci import Feature, Status
+from ism.virtio.pci import Feature, Isr, Status
 
 log = logging.getLogger("ism.driver")
 
@@ -44,6 +44,7 @@ _POLLS_PER_STATUS = 100
 _PCI_COMMAND = 4
 _PCI_COMMAND_OFF = 0
 _PCI_COMMAND_MEMORY_AND_MASTER = 0x6
+_PCI_COMMAND_INTX_DISABLE = 0x400
 
 
 class Function(ABC):
@@ -56,7 +57,7 @@ class Function(ABC):
     def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
         """Initialise the device (virtio 1.3 section 3.1.1). The transport belongs to the device from here on.
 
-        Args: `interrupts`: False polls the queues instead, for transports that have no interrupts.
+        Args: `interrupts`: False polls the queues, as happens to functions that have too few vectors and no line.
         Raises: FeatureMismatchError, RemoteProtocolError, TransportError; the transport is closed then.
         """
         self.transport = transport
@@ -67,6 +68,8 @@ class Function(ABC):
         self._closed = False
         self._polls = 0
         self._queue_fds: list[int] = []
+        self._answers: tuple[int, ...] = ()
+        self._serves: tuple[int, ...] = ()
         try:
             self.service = Service(f"ism-driver {transport.name}")
         except BaseException:
@@ -97,7 +100,8 @@ class Function(ABC):
         transport = self.transport
         transport.start(self.service, self._on_gone)
         capabilities.identify(transport)
-        transport.config_write(_PCI_COMMAND, _PCI_COMMAND_MEMORY_AND_MASTER.to_bytes(2, "little"))
+        # the line stays disabled unless somebody listens to it: others may share it
+        self._write_command(_PCI_COMMAND_MEMORY_AND_MASTER | _PCI_COMMAND_INTX_DISABLE)
         self._caps = capabilities.find(transport)
         self._pci = pci = VirtioPci(transport, self._caps)
         pci.reset()
@@ -125,9 +129,12 @@ class Function(ABC):
         """Say FAILED, and keep the device away from queue memory that is about to be freed."""
         try:
             self._pci.add_status(Status.FAILED)
-            self.transport.config_write(_PCI_COMMAND, _PCI_COMMAND_OFF.to_bytes(2, "little"))
+            self._write_command(_PCI_COMMAND_OFF)
         except IsmError as exc:
             log.debug("%s: not told that the driver gave up: %s", self.transport.name, exc)
+
+    def _write_command(self, bits: int) -> None:
+        self.transport.config_write(_PCI_COMMAND, bits.to_bytes(2, "little"))
 
     def _read_config(self) -> None:
         name, config = self.transport.name, self._pci.read_config()
@@ -153,13 +160,17 @@ class Function(ABC):
                 self._queue_fds.append(make_eventfd())
             transport.set_vectors(0, self._queue_fds)
             pci.set_config_vector(VECTOR_CONFIG)
+            self._answers, self._serves = (self._queue_fds[VECTOR_CONTROL],), tuple(self._queue_fds[VECTOR_CONTROL:])
+        line = transport.enable_intx() if interrupts and not self._interrupts else None
+        if line is not None:
+            self._answers = self._serves = (line,)
         self._vectors = Vectors(transport, self.service, VECTOR_REGIONS, vectors)
         self.control = ControlQueue(
             transport,
             sizes[QUEUE_CONTROL],
             lambda: self._notify(QUEUE_CONTROL),
-            poll=None if self._interrupts else lambda: self._reap(self.control.reap),
-            serve=self._serve if self._interrupts else None,
+            poll=None if self._answers else lambda: self._reap(self.control.reap),
+            serve=self._serve if self._answers else None,
             done_elsewhere=self.service.nudge,
         )
         self._events = None
@@ -182,6 +193,9 @@ class Function(ABC):
                 self._queue_fds, (self._on_config_change, self._on_control, self._on_events), strict=True
             ):
                 self.service.add(fd, callback)
+        elif line is not None:
+            self.service.add(line, self._on_line)
+            self._write_command(_PCI_COMMAND_MEMORY_AND_MASTER)
         else:
             self.service.every(_POLL_INTERVAL_S, self._poll)
 
@@ -196,17 +210,15 @@ class Function(ABC):
 
     def _serve(self, done: Callable[[], bool], timeout_s: float) -> None:
         """Take answers in the thread that waits for one."""
-        fds = (self._queue_fds[VECTOR_CONTROL], *self.transport.answer_fds())
-        self.service.serve_until(done, fds, timeout_s)
+        self.service.serve_until(done, (*self._answers, *self.transport.answer_fds()), timeout_s)
 
     def serve_until(self, done: Callable[[], bool], timeout_s: float, fds: Sequence[int] = ()) -> None:
         """Take answers, events, and what comes on further watched descriptors, in the calling thread until `done()`.
 
         May return early, and at once when another thread does it, or the device has no interrupts.
         """
-        if self._interrupts and self._pid == os.getpid() and not self._closed:
-            queues = self._queue_fds[VECTOR_CONTROL:]
-            self.service.serve_until(done, (*queues, *self.transport.answer_fds(), *fds), timeout_s)
+        if self._serves and self._pid == os.getpid() and not self._closed:
+            self.service.serve_until(done, (*self._serves, *self.transport.answer_fds(), *fds), timeout_s)
 
     # -- what the service thread does -------------------------------------------------------------------------------
 
@@ -233,6 +245,28 @@ class Function(ABC):
         drain(self._queue_fds[VECTOR_EVENTS])
         if self._events is not None:
             self._reap(self._events.reap)
+
+    def _on_line(self) -> None:
+        """Serve INTx, one line for the queues and the configuration (virtio 1.3 section 4.1.5.3).
+
+        Reading the ISR status takes the device's hand off the line. What happens from there on asserts it again, and
+        interrupts once more after `rearm_intx`, so everything that was before it is found by looking at the queues now.
+        """
+        if self._gone is not None:
+            # nobody rearms it: the descriptor is watched no longer
+            self.service.remove(self._answers[0])
+            return
+        try:
+            isr = self._pci.read_isr()
+            self.transport.rearm_intx()
+        except IsmError as exc:
+            self._fail(f"{self.transport.name}: its interrupt cannot be served: {exc}")
+            return
+        self._reap(self.control.reap)
+        if self._events is not None:
+            self._reap(self._events.reap)
+        if Isr.CONFIG in isr:
+            self._check_status()
 
     def _poll(self) -> None:
         if self._gone is not None:

@@ -1,30 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a program uses: an explicit name, else ISM_DEVICE, else the user's manager.
+"""Which device a program uses: an explicit name, else ISM_DEVICE, else a function bound to vfio-pci, else the manager.
 
-Names: `vfio-user:PATH` (socket of a device manager).
+| name | device |
+|---|---|
+| `vfio-user:PATH` | socket of a device manager |
+| `vfio:BDF` | PCI function of this machine that is bound to vfio-pci |
+| `uio:BDF`, `uio:BDF,poll` | one without an IOMMU, by sysfs; `poll`: without its interrupt |
+
+The transports of PCI functions are imported when they are used: most programs use none.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
 from ism import paths
 from ism.driver.device import Device
+from ism.driver.pci_sysfs import ALLOW_NO_IOMMU, VFIO_DRIVER, Sysfs, bound_to, full_bdf
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import TransportError
 
 ENVIRONMENT = "ISM_DEVICE"
+_POLL = ",poll"
+_EXPECTED = f"expected vfio-user:PATH, vfio:BDF or uio:BDF[{_POLL}], BDF being like 0000:01:00.0 (see `ism devices`)"
 
 
-def open_device(name: str | None = None) -> Device:
+def open_device(name: str | None = None, *, allow_no_iommu: bool | None = None) -> Device:
     """Open and initialise a virtio-ism device.
 
-    Args: `name`: `vfio-user:PATH`; None looks at ISM_DEVICE, then for the user's manager.
+    Args:
+        name: see the module's head; None looks at ISM_DEVICE, then for a function bound to vfio-pci (one that another
+            process uses is passed over), then for the user's manager.
+        allow_no_iommu: whether a device may be used that no IOMMU keeps to the memory it is given; None: whether
+            ISM_ALLOW_NO_IOMMU is 1.
     Raises: TransportError (nothing there, refused, unknown kind of name), FeatureMismatchError, RemoteProtocolError.
     """
-    wanted = name or os.environ.get(ENVIRONMENT) or f"vfio-user:{paths.device_socket(paths.run_dir())}"
-    kind, colon, where = wanted.partition(":")
-    if kind != "vfio-user" or not colon or not where:
-        origin = "" if name else f" (from {ENVIRONMENT})"
-        raise TransportError(f"unknown device name {wanted!r}{origin}: expected vfio-user:PATH")
-    return Device(VfioUserTransport.connect(where))
+    if allow_no_iommu is None:
+        allow_no_iommu = os.environ.get(ALLOW_NO_IOMMU) == "1"
+    wanted = name or os.environ.get(ENVIRONMENT)
+    if wanted:
+        return _open(wanted, "" if name else f" (from {ENVIRONMENT})", allow_no_iommu=allow_no_iommu)
+    busy: TransportError | None = None
+    for bdf in bound_to(Sysfs(), VFIO_DRIVER):
+        try:
+            return _open_vfio(bdf, allow_no_iommu=allow_no_iommu)
+        except TransportError as exc:
+            if exc.errno != errno.EBUSY:
+                raise
+            busy = exc
+    if busy is not None:
+        raise busy
+    return Device(VfioUserTransport.connect(paths.device_socket(paths.run_dir())))
+
+
+def _open(name: str, origin: str, *, allow_no_iommu: bool) -> Device:
+    kind, _, where = name.partition(":")
+    if kind == "vfio-user" and where:
+        return Device(VfioUserTransport.connect(where))
+    bdf = full_bdf(where.removesuffix(_POLL) if kind == "uio" else where)
+    if kind == "vfio" and bdf is not None:
+        return _open_vfio(bdf, allow_no_iommu=allow_no_iommu)
+    if kind == "uio" and bdf is not None:
+        from ism.pci_uio import UioTransport
+
+        return Device(UioTransport(bdf, allow_no_iommu=allow_no_iommu), interrupts=not where.endswith(_POLL))
+    raise TransportError(f"unknown device name {name!r}{origin}: {_EXPECTED}")
+
+
+def _open_vfio(bdf: str, *, allow_no_iommu: bool) -> Device:
+    from ism.driver.vfio import VfioTransport
+
+    return Device(VfioTransport.open(bdf, allow_no_iommu=allow_no_iommu))

@@ -97,6 +97,21 @@ class Transport(Protocol):
         """Bind eventfds to the vectors `first`, `first + 1`, ...; None unbinds. The descriptors stay the caller's."""
         ...
 
+    def enable_intx(self) -> int | None:
+        """Route the interrupt line (INTx) to a descriptor, for functions without vectors; None when it has no line.
+
+        The descriptor becomes readable when the line was asserted; no more interrupts come then until `rearm_intx`.
+        It stays the transport's. The driver allows INTx in the command register itself.
+        """
+        ...
+
+    def rearm_intx(self) -> None:
+        """Make the descriptor of `enable_intx` unreadable and let interrupts through again.
+
+        A line that is asserted still, or again, makes it readable at once: nothing is lost that was raised meanwhile.
+        """
+        ...
+
     def dma_alloc(self, size: int) -> DmaBuffer:
         """Get zeroed memory for queues; `size` is rounded up to pages."""
         ...

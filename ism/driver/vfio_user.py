@@ -20,15 +20,16 @@ from collections.abc import Callable, Sequence
 from ism.driver.transport import DmaBuffer, Span, Watcher
 from ism.driver.window import ChunkWindow, DoorbellTable
 from ism.errors import DeviceGoneError, IsmError, RemoteProtocolError, TransportError
-from ism.eventfd import DESCRIPTOR_ADVICE
+from ism.eventfd import DESCRIPTOR_ADVICE, drain, make_eventfd
 from ism.memory import PAGE_SIZE, Mapping, create_memfd
 from ism.vfio_user.client import Client
 from ism.vfio_user.errors import VfioUserError, VfioUserTimeoutError
 from ism.vfio_user.fds import Fd
 from ism.vfio_user.map_channel import MapChannelClient, client_capability, take_channel
+from ism.vfio_user.payloads import IrqAction, IrqData, IrqFlag, SetIrqs
 
 _CONFIG_REGION = 7
-_IRQ_MSIX = 2
+_IRQ_INTX, _IRQ_MSIX = 0, 2
 _FIRST_IOVA = 1 << 32
 _TIMEOUT_S = 5.0
 _GONE = "the device manager is gone; connections that exist go on, new ones need a manager"
@@ -71,6 +72,7 @@ class VfioUserTransport:
         self._channel = None if channel is None else MapChannelClient(channel, _Handler(self._window, self._doorbells))
         self._iova_lock = threading.Lock()
         self._next_iova = _FIRST_IOVA
+        self._intx_fd, self._intx_automasked = -1, False
         self._watcher: Watcher | None = None
         self._watched: list[int] = []
         self._on_gone: Callable[[str], None] | None = None
@@ -271,6 +273,32 @@ class VfioUserTransport:
         """Bind eventfds to vectors."""
         self._client.set_irq_eventfds(_IRQ_MSIX, first, eventfds)
 
+    def enable_intx(self) -> int | None:
+        """Give INTA an eventfd."""
+        if self._intx_fd >= 0:
+            return self._intx_fd
+        try:
+            info = self._client.irq_info(_IRQ_INTX)
+        except VfioUserError:
+            return None
+        if not info.count or not info.flags & IrqFlag.EVENTFD:
+            return None
+        fd = make_eventfd()
+        try:
+            self._client.set_irq_eventfds(_IRQ_INTX, 0, [fd])
+        except BaseException:
+            os.close(fd)
+            raise
+        self._intx_fd = fd
+        self._intx_automasked = bool(info.flags & IrqFlag.AUTOMASKED)
+        return fd
+
+    def rearm_intx(self) -> None:
+        """Drain the eventfd, then unmask INTA: an interrupt that is pending comes now."""
+        drain(self._intx_fd)
+        if self._intx_automasked:
+            self._client.set_irqs(SetIrqs(data=IrqData.NONE, action=IrqAction.UNMASK, index=_IRQ_INTX, count=1))
+
     def doorbell_fd(self, slot: int) -> int | None:
         """Return the eventfd that the manager wired to the slot, or None."""
         return self._doorbells.get(slot)
@@ -289,6 +317,9 @@ class VfioUserTransport:
         self._client.close()
         if self._channel is not None:
             self._channel.close()
+        if self._intx_fd >= 0:
+            os.close(self._intx_fd)
+            self._intx_fd = -1
         self._window.clear()
         self._doorbells.close()
 

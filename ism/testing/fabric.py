@@ -25,14 +25,17 @@ from ism.device.contract import (
     WiringChanged,
 )
 from ism.device.function import IsmFunction, Work
+from ism.device.interrupts import INTX
 from ism.driver.transport import DmaBuffer, Span, Watcher
 from ism.driver.window import ChunkWindow
 from ism.errors import DeviceGoneError
-from ism.eventfd import raise_eventfd
+from ism.eventfd import drain, make_eventfd, raise_eventfd
 from ism.ids import DevId, Gid
 from ism.manager.quota import Quota
 from ism.manager.registry import DomainRegistry
+from ism.manager.vectors import Intx
 from ism.memory import PAGE_SIZE, Mapping, seal_writers
+from ism.vfio_user.fds import Fd
 from ism.virtio.ism_spec import DEFAULT_CHUNK_SIZE, IsmFeature, Permission
 
 DEFAULT_QUOTA = Quota(bytes=1 << 30, regions=1024, attachments=1024)
@@ -165,6 +168,8 @@ class InMemoryTransport:
         self.window = ChunkWindow()
         self.function = IsmFunction(config, fabric.registry, self._memory)
         self._eventfds: dict[int, int] = {}
+        self._intx = Intx()
+        self._intx_fd = -1
         self._next_iova = 1 << 32
         self._on_gone: Callable[[str], None] | None = None
         self._lost: str | None = None
@@ -282,9 +287,29 @@ class InMemoryTransport:
     def interrupt(self, vector: int) -> None:
         """Raise a vector (the fabric's side)."""
         index = self.function.route(vector)
+        if index == INTX:
+            self._intx.signal()
+            return
         fd = None if index is None else self._eventfds.get(index)
         if fd is not None:
             raise_eventfd(fd)
+
+    def enable_intx(self) -> int | None:
+        """Give INTA an eventfd."""
+        self._check()
+        with self._fabric.lock:
+            if self._intx_fd < 0:
+                self._intx_fd = make_eventfd()
+                self._intx.set(Fd(os.dup(self._intx_fd)))
+                self._intx.unmask(self.function.intx_asserted)
+            return self._intx_fd
+
+    def rearm_intx(self) -> None:
+        """Drain the eventfd, then unmask INTA: an interrupt that is pending comes now."""
+        self._check()
+        drain(self._intx_fd)
+        with self._fabric.lock:
+            self._intx.unmask(self.function.intx_asserted)
 
     def dma_alloc(self, size: int) -> DmaBuffer:
         """Get zeroed memory for queues."""
@@ -317,6 +342,9 @@ class InMemoryTransport:
         if self._lost is None:
             self._lost = "closed"
         self._unplug()
+        if self._intx_fd >= 0:
+            os.close(self._intx_fd)
+            self._intx_fd = -1
         self.window.clear()
 
     def _unplug(self) -> None:
@@ -325,3 +353,4 @@ class InMemoryTransport:
             for fd in self._eventfds.values():
                 os.close(fd)
             self._eventfds.clear()
+            self._intx.set(None)

@@ -48,6 +48,7 @@ class Shape:
 
 class Rig(Protocol):
     kind: str
+    line_only: bool
 
     def transport(self) -> Transport: ...
 
@@ -60,7 +61,22 @@ class Rig(Protocol):
     def close(self) -> None: ...
 
 
+class WithoutVectors:
+    """Another transport, but for its MSI-X vectors: what is left is the interrupt line, as with uio_pci_generic."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def vector_count(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class _Devices:
+    line_only = False
+
     def __init__(self) -> None:
         self._opened: list[Device | Transport] = []
 
@@ -70,7 +86,8 @@ class _Devices:
         return made
 
     def device(self, *, interrupts: bool = True) -> Device:
-        made = Device(self._connect(), interrupts=interrupts)
+        transport = self._connect()
+        made = Device(WithoutVectors(transport) if self.line_only else transport, interrupts=interrupts)
         self._opened.append(made)
         return made
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test of this folder runs once per transport, and leaves no descriptor and no thread behind."""
+"""Every test of this folder runs once per transport, with vectors and with INTx alone.
+
+None leaves a descriptor or a thread behind.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,24 @@ def nothing_leaks() -> Iterator[None]:
     assert not left, f"threads were left: {left}"
 
 
-@pytest.fixture(params=["in-memory", "vfio-user"])
+KINDS = ("in-memory", "vfio-user")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "make_rig" in metafunc.fixturenames:
+        lines = () if metafunc.definition.get_closest_marker("vectors") else tuple(f"{kind}, INTx" for kind in KINDS)
+        metafunc.parametrize("make_rig", KINDS + lines, indirect=True)
+
+
+@pytest.fixture
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
+    kind, _, line = request.param.partition(", ")
 
     def make(**fields: object) -> Rig:
         shape = Shape(**fields)  # type: ignore[arg-type]
-        rig: Rig = (
-            InMemoryRig(shape) if request.param == "in-memory" else VfioUserRig(tmp_path / f"run{len(made)}", shape)
-        )
+        rig: Rig = InMemoryRig(shape) if kind == "in-memory" else VfioUserRig(tmp_path / f"run{len(made)}", shape)
+        rig.line_only = bool(line)
         made.append(rig)
         return rig
 

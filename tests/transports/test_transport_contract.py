@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-from transport_rig import CHUNK, Rig
+from transport_rig import CHUNK, Rig, readable
 
 from ism.driver import Transport, capabilities
 from ism.driver.service import Service
@@ -16,7 +16,7 @@ from ism.driver.transport import Span
 from ism.driver.virtio_pci import VirtioPci
 from ism.errors import TransportError
 from ism.memory import PAGE_SIZE
-from ism.virtio.pci import CommonCfg, Status
+from ism.virtio.pci import CommonCfg, Feature, Isr, Status
 
 
 @pytest.fixture
@@ -106,6 +106,55 @@ def test_vectors_can_be_bound_and_unbound(transport: Transport) -> None:
         os.close(fd)
 
 
+def assert_line(pci: VirtioPci) -> None:
+    """Have the device find a broken queue, of which it tells by a configuration interrupt."""
+    pci.reset()
+    pci.add_status(Status.ACKNOWLEDGE)
+    pci.add_status(Status.DRIVER)
+    pci.negotiate(frozenset({int(Feature.VERSION_1)}), frozenset())
+    pci.add_status(Status.DRIVER_OK)
+    pci.enable_queue(0, size=2, desc=1, driver=0, device=0, vector=None)
+
+
+def test_the_interrupt_line_is_readable_until_the_isr_status_was_read_and_it_is_armed_again(pci: VirtioPci) -> None:
+    line = pci.transport.enable_intx()
+    assert line is not None
+    assert pci.transport.enable_intx() == line
+    pci.transport.config_write(4, b"\x06\0")
+    assert not readable(line, 0)
+    assert_line(pci)
+    assert readable(line)
+    pci.transport.rearm_intx()
+    assert readable(line), "an asserted line must interrupt again"
+    assert pci.read_isr() == Isr.CONFIG
+    pci.transport.rearm_intx()
+    assert not readable(line, 0)
+    assert_line(pci)
+    assert readable(line)
+
+
+def test_what_interrupts_while_the_line_is_not_armed_interrupts_as_soon_as_it_is(pci: VirtioPci) -> None:
+    line = pci.transport.enable_intx()
+    assert line is not None
+    pci.transport.config_write(4, b"\x06\0")
+    assert_line(pci)
+    assert readable(line)
+    pci.read_isr()
+    assert_line(pci)
+    pci.transport.rearm_intx()
+    assert readable(line)
+
+
+def test_a_line_that_the_command_register_forbids_interrupts_when_it_is_allowed(pci: VirtioPci) -> None:
+    line = pci.transport.enable_intx()
+    assert line is not None
+    pci.transport.config_write(4, b"\x06\x04")
+    assert_line(pci)
+    assert not readable(line, 0)
+    pci.transport.config_write(4, b"\x06\0")
+    assert readable(line)
+
+
 def test_dma_memory_is_zeroed_made_of_pages_and_never_overlaps(transport: Transport) -> None:
     buffers = [transport.dma_alloc(size) for size in (1, PAGE_SIZE, PAGE_SIZE + 1)]
     end = 0
@@ -138,6 +187,7 @@ def test_after_close_every_access_says_that_the_way_is_gone(rig: Rig) -> None:
         lambda: transport.bar_write(0, 0, bytes(4)),
         lambda: transport.dma_alloc(1),
         lambda: transport.set_vectors(0, [None]),
+        transport.enable_intx,
         transport.reset,
     ]
     for access in accesses:

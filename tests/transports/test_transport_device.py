@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from transport_rig import CHUNK, PATIENCE_S, READ_WRITE, SHARED, Rig, readable
+from transport_rig import CHUNK, PATIENCE_S, READ_WRITE, SHARED, Rig, readable, together
 
 from ism.driver import Device, Region
 from ism.driver.events import Event
@@ -385,9 +385,10 @@ def test_without_interrupts_the_driver_polls_and_doorbells_arrive_as_events(rig:
     assert heard.next(EventType.DETACH)
 
 
-def test_a_device_with_too_few_vectors_is_polled(make_rig: Callable[..., Rig]) -> None:
+def test_a_device_with_too_few_vectors_uses_its_interrupt_line(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(vectors=3)
     owner, peer = rig.device(), rig.device()
+    assert owner.service._tick is None, "it polls"
     own = shared(owner)
     far = peer.attach(own.token, interrupt=True)
     far.ring()
@@ -396,6 +397,25 @@ def test_a_device_with_too_few_vectors_is_polled(make_rig: Callable[..., Rig]) -
     wait_for_doorbell(far)
 
 
+def test_many_rings_and_commands_at_once_lose_no_interrupt(rig: Rig) -> None:
+    owner, peer = rig.device(), rig.device()
+    own = [shared(owner) for _ in range(4)]
+    far = [peer.attach(region.token, interrupt=True) for region in own]
+
+    def play(mine: Region, theirs: Region) -> None:
+        for _ in range(25):
+            theirs.ring()
+            wait_for_doorbell(mine)
+            owner.alloc(CHUNK, interrupt=False).close()
+            mine.ring()
+            wait_for_doorbell(theirs)
+
+    together([lambda ends=ends: play(*ends) for ends in zip(own, far, strict=True)])  # type: ignore[misc]
+    assert owner.gone is None
+    assert peer.gone is None
+
+
+@pytest.mark.vectors
 def test_when_vectors_run_out_regions_share_the_last_one(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(vectors=6)
     owner, peer = rig.device(), rig.device()
@@ -413,6 +433,7 @@ def test_when_vectors_run_out_regions_share_the_last_one(make_rig: Callable[...,
     assert sum(region.binding.shared for region in again) == 1
 
 
+@pytest.mark.vectors
 def test_a_region_without_interrupt_costs_no_vector(make_rig: Callable[..., Rig]) -> None:
     device = make_rig(vectors=5).device()
     for _ in range(5):

@@ -78,7 +78,9 @@ def test_a_directory_without_permission_is_an_error_about_permission(tmp_path: P
         VfioUserTransport.connect(Path("/dev/null/device.sock"))
 
 
-@pytest.mark.parametrize("name", ["vfio:0000:00:04.0", "tcp:localhost", "/run/ism/device.sock", "vfio-user:"])
+@pytest.mark.parametrize(
+    "name", ["vfio:0:4.0", "uio:0000:00:04.0,fast", "vfio:", "tcp:localhost", "/run/ism/device.sock", "vfio-user:"]
+)
 def test_a_device_name_of_an_unknown_kind_is_refused_with_the_form_that_is_known(name: str) -> None:
     with pytest.raises(TransportError, match=r"unknown device name .* expected vfio-user:PATH"):
         open_device(name)
