@@ -386,11 +386,14 @@ class Session:
     async def _dma_unmap(self, message: Message[Fd]) -> bytes:
         maps = self._connection.dma_maps
         request = payloads.parse_dma_unmap(message.payload)
-        ending = list(maps) if request.flags else [maps.get(request.address, request.size)]
+        ending = list(maps) if request.flags else maps.within(request.address, request.size)
+        ended = 0
         for entry in ending:
             await self._handler.dma_unmap(DmaUnmap(flags=0, address=entry.address, size=entry.size))
             maps.remove(entry.address, entry.size)
-        return wire.encode_reply(message.id, message.command, request.pack())
+            ended += entry.size
+        answer = request if request.flags else DmaUnmap(flags=0, address=request.address, size=ended)
+        return wire.encode_reply(message.id, message.command, answer.pack())
 
     async def _reset(self, message: Message[Fd]) -> bytes:
         if message.payload:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of a client's DMA maps, as both sides keep it.
 
-Owns the rules: maps do not overlap, an unmap names exactly one map, an access lies inside one map. Holds one value per
+Owns the rules: maps do not overlap, an unmap ends whole maps, an access lies inside one map. Holds one value per
 map and never looks into it. Follows the vfio-user specification, "DMA_MAP" and "DMA_UNMAP". The addresses are the
 client's and may be anything; they are checked here before they index anything.
 """
@@ -64,6 +64,18 @@ class DmaTable(Generic[V]):
     def get(self, address: int, size: int) -> DmaEntry[V]:
         """The map of exactly this address and size. Raises VfioUserError (ENOENT) when there is none."""
         return self._entries[self._place(address, size)]
+
+    def within(self, address: int, size: int) -> list[DmaEntry[V]]:
+        """The maps that an unmap of this range ends: those inside it; none is fine, as for kernel VFIO's type1 v2.
+
+        Raises: VfioUserError (EINVAL): an end of the range cuts a map in two.
+        """
+        end = address + size
+        first = bisect.bisect_left(self._starts, address)
+        beyond = bisect.bisect_left(self._starts, end)
+        if (first and self._end(first - 1) > address) or (beyond > first and self._end(beyond - 1) > end):
+            raise VfioUserError(errno.EINVAL, f"unmap of {size:#x} bytes at {address:#x} cuts a map in two")
+        return self._entries[first:beyond]
 
     def remove(self, address: int, size: int) -> DmaEntry[V]:
         """Take out the map of exactly this address and size. Raises VfioUserError (ENOENT) when there is none."""

@@ -129,9 +129,12 @@ class MapChannelServer:
         """Why the channel ended; None while it is open."""
         return self._failure
 
-    async def hello(self, page_size: int, window: int) -> None:
-        """Announce the window; comes first, once. Args: bytes. Raises: as `map`."""
-        await self.hello_nowait(page_size, window).wait()
+    async def hello(self, page_size: int, window: int, inode: int = 0) -> None:
+        """Announce the window; comes first, once. Args: bytes; a map agent is told the `inode` of what it stands for.
+
+        Raises: as `map`.
+        """
+        await self.hello_nowait(page_size, window, inode).wait()
 
     async def map(self, offset: int, length: int, file_offset: int, rights: int, fd: FdLike) -> None:
         """Have a part of a file mapped in the window; it is in place when this returns.
@@ -158,9 +161,9 @@ class MapChannelServer:
         """Take the eventfd of a slot away. Args, Raises: as `map`."""
         await self.undoorbell_nowait(slot).wait()
 
-    def hello_nowait(self, page_size: int, window: int) -> PendingAnswer:
+    def hello_nowait(self, page_size: int, window: int, inode: int = 0) -> PendingAnswer:
         """`hello`, to be waited for later. Raises: at once what `map` raises but for the client's answer."""
-        return self._submit(Packet(type=PacketType.HELLO, offset=page_size, length=window), None)
+        return self._submit(Packet(type=PacketType.HELLO, offset=page_size, length=window, file_offset=inode), None)
 
     def map_nowait(self, offset: int, length: int, file_offset: int, rights: int, fd: FdLike) -> PendingAnswer:
         """`map`, to be waited for later; `fd` may be closed at once. Raises: as `hello_nowait`."""
@@ -203,7 +206,7 @@ class MapChannelServer:
         if len(self._pending) >= self._max_outstanding:
             raise TransportError(f"{len(self._pending)} map channel requests are unanswered", errno.EBUSY)
         try:
-            window = map_channel_wire.check_request(packet, 0 if fd is None else 1, self._window)
+            window = map_channel_wire.check_request(packet, 0 if fd is None else 1, self._window, to_agent=True)
         except MalformedMessageError as error:
             raise LocalProtocolError(str(error)) from error
         sequence = (self._sequence + 1) & _SEQUENCE_MASK

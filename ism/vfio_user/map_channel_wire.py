@@ -9,6 +9,13 @@ A SEQPACKET UNIX socket carries packets of 40 bytes, little-endian, one each way
 server only and are answered in order. MAP and DOORBELL carry exactly one descriptor, everything else none. Neither side
 believes the other: a request that does not fit the window announced by HELLO is answered EINVAL and changes nothing;
 an answer that is not the next one expected ends the channel.
+
+QEMU, whose vfio-user client asks for no channel, has a map agent beside it (`ism/vmm/agent.c`), another peer with the
+same packets. It connects to a socket beside the vfio-user socket, before that, and sends INTRODUCE, the only packet
+that is no answer of its own; the manager then knows that this process has an agent, and makes requests as ever. Its
+HELLO also carries, as the file offset, the inode number (not 0) of the memory file the manager will give QEMU as the
+BAR: what maps that file is the window. MAP before it is mapped is answered ENODEV, doorbells ENOSYS, a descriptor
+that is not sealed against shrinking EPERM. Process clients refuse such a HELLO (EINVAL) and INTRODUCE (ENOSYS).
 """
 
 from __future__ import annotations
@@ -38,13 +45,14 @@ _SEQUENCE = struct.Struct("<I")
 
 
 class PacketType(enum.IntEnum):
-    """What a request asks for."""
+    """What a request asks for; INTRODUCE is none, and goes the other way."""
 
     HELLO = 1
     MAP = 2
     UNMAP = 3
     DOORBELL = 4
     UNDOORBELL = 5
+    INTRODUCE = 6
 
 
 class Packet(Struct, size=40):
@@ -69,6 +77,7 @@ class Packet(Struct, size=40):
 
 PACKET_SIZE: Final = Packet.SIZE
 
+REQUESTS: Final = frozenset(int(kind) for kind in PacketType if kind is not PacketType.INTRODUCE)
 TAKES_FD: Final = frozenset({int(PacketType.MAP), int(PacketType.DOORBELL)})
 
 
@@ -110,22 +119,24 @@ def parse_packet(data: Buffer) -> Packet:
     return packet
 
 
-def check_request(packet: Packet, fd_count: int, window: Window | None) -> Window | None:
+def check_request(packet: Packet, fd_count: int, window: Window | None, *, to_agent: bool = False) -> Window | None:
     """Check a request against what came before.
 
     Args:
         fd_count: descriptors that came with it.
         window: None before HELLO.
+        to_agent: HELLO may carry an inode number.
     Returns: the new window for HELLO, else None.
     Raises: MalformedMessageError with the errno to answer: ENOSYS for an unknown type, else EINVAL.
     """
-    try:
-        kind = PacketType(packet.type)
-    except ValueError:
-        raise MalformedMessageError(f"map channel request {packet.type:#x}", errno=errno.ENOSYS) from None
+    if packet.type not in REQUESTS:
+        raise MalformedMessageError(f"map channel request {packet.type:#x}", errno=errno.ENOSYS)
+    kind = PacketType(packet.type)
     if fd_count != (1 if kind in TAKES_FD else 0):
         raise MalformedMessageError(f"{kind.name} with {fd_count} descriptors")
-    if packet.status or (kind is not PacketType.MAP and (packet.file_offset or packet.rights)):
+    offset_used = kind is PacketType.MAP or (to_agent and kind is PacketType.HELLO)
+    rights_used = kind is PacketType.MAP
+    if packet.status or (packet.file_offset and not offset_used) or (packet.rights and not rights_used):
         raise MalformedMessageError(f"{kind.name} with fields set that it does not use")
     if kind is PacketType.HELLO:
         if window is not None:
@@ -140,6 +151,13 @@ def check_request(packet: Packet, fd_count: int, window: Window | None) -> Windo
     elif packet.length:
         raise MalformedMessageError(f"{kind.name} with fields set that it does not use")
     return None
+
+
+def parse_introduction(data: Buffer) -> None:
+    """Check what a map agent sent first. Raises MalformedMessageError, fatal, unless it is exactly an introduction."""
+    packet = parse_packet(data)
+    if packet != Packet(type=PacketType.INTRODUCE):
+        raise MalformedMessageError(f"map channel packet {packet.type:#x} where an introduction is due", fatal=True)
 
 
 def encode_answer(request: Packet, status: int) -> bytes:
