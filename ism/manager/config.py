@@ -11,23 +11,26 @@ import ipaddress
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ism.device.bars import IMPLEMENTED
 from ism.errors import ConfigError
 from ism.manager.config_reader import TableReader, brief
 from ism.manager.directory import Network, is_private_network, network_of
 from ism.manager.quota import Quota
 from ism.paths import control_socket, device_socket
-from ism.virtio.ism_spec import DEFAULT_CHUNK_SIZE, MIN_CHUNK_SIZE
+from ism.virtio.ism_spec import DEFAULT_CHUNK_SIZE, MIN_CHUNK_SIZE, IsmFeature
 
 GIB = 1 << 30
 U64_MAX = (1 << 64) - 1
 MIN_VECTORS, MAX_VECTORS = 3, 2048
 MAX_CHUNKS = 1 << 24
 MAX_CHUNK_SIZE = GIB
-SOCKET_PATH_MAX = 107
+AGENT_SUFFIX = ".map"
+"""Added to a device socket's path: where map agents introduce themselves."""
+SOCKET_PATH_MAX = 107 - len(AGENT_SUFFIX)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_NAME = "default"
 
@@ -38,11 +41,15 @@ _OWNER = re.compile(r"(?=.)([A-Za-z0-9._-]{0,64})(?::([A-Za-z0-9._-]{1,64}))?")
 
 @dataclass(frozen=True, slots=True)
 class DeviceShape:
-    """What a device looks like and may use. `window_size` in bytes, `vectors` is the MSI-X table size."""
+    """What a device looks like and may use.
+
+    Attributes: `window_size` (bytes), `vectors` (MSI-X table size), `quota`, `features` (device feature bits offered).
+    """
 
     window_size: int = 8 * GIB
     vectors: int = 2048
     quota: Quota = field(default_factory=lambda: Quota(bytes=4 * GIB, regions=4096, attachments=8192))
+    features: frozenset[int] = IMPLEMENTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,10 @@ class SocketConfig:
     user: str = ""
     group: str = ""
     key: str = ""
+
+    def for_agents(self) -> SocketConfig:
+        """Return the socket beside this one for map agents, with the same owner and permissions."""
+        return replace(self, path=self.path.with_name(self.path.name + AGENT_SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +231,18 @@ class _Parser:
             commands_per_s=limits.integer("commands_per_s", base.quota.commands_per_s, low=0, high=10**9),
         )
         limits.close()
-        return DeviceShape(window, vectors, quota)
+        return DeviceShape(window, vectors, quota, self._features(table, base.features))
+
+    @staticmethod
+    def _features(table: TableReader, base: frozenset[int]) -> frozenset[int]:
+        if not table.has("features"):
+            return base
+        known = {IsmFeature(bit).name.lower(): bit for bit in IMPLEMENTED}
+        names = table.strings("features")
+        for name in names:
+            if name not in known:
+                table.fail("features", f"expected some of {', '.join(sorted(known))}, not {brief(name)}")
+        return frozenset(known[name] for name in names)
 
     def _socket(self, table: TableReader, default: Path) -> SocketConfig:
         shown = table.string("socket", str(default))
@@ -232,7 +254,9 @@ class _Parser:
         except UnicodeEncodeError:
             table.fail("socket", f"{brief(shown)} is not a path on this system")
         if length > SOCKET_PATH_MAX:
-            table.fail("socket", f"the path has {length} bytes, a UNIX socket's has at most {SOCKET_PATH_MAX}")
+            table.fail("socket", f"the path has {length} bytes, a device socket's has at most {SOCKET_PATH_MAX}")
+        if path.name.endswith(AGENT_SUFFIX):
+            table.fail("socket", f"{path} ends in {AGENT_SUFFIX}, which is kept for the sockets of map agents")
         mode = table.string("socket_mode", "0600")
         if _MODE.fullmatch(mode) is None:
             table.fail("socket_mode", f'expected permission bits as an octal string such as "0660", not {brief(mode)}')

@@ -16,13 +16,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
-from ism.device.bars import BAR_REGIONS, IMPLEMENTED
+from ism.device.bars import BAR_REGIONS
 from ism.device.config_space import CONFIG_SIZE
 from ism.device.contract import Effect, FunctionConfig, MapChunks, UnmapChunks, WiringChanged
 from ism.device.function import IsmFunction, Request, Work
@@ -37,6 +38,7 @@ from ism.manager.metered import MeteredRegistry
 from ism.manager.orders import MapOrder, Orders, Refused, UnmapOrder
 from ism.manager.quota import TokenBucket
 from ism.manager.vectors import Intx, Vectors, check_eventfds
+from ism.memory import create_memfd
 from ism.vfio_user.connection import Connection
 from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
@@ -92,26 +94,32 @@ class DeviceHost:
         devid: DevId,
         window_size: int,
         vectors: int,
+        features: frozenset[int],
         map_timeout_s: float,
         may_keep: Callable[[int, int], bool],
+        agent_of: Callable[[int], socket.socket | None],
         gone: Callable[[DeviceHost], None],
     ) -> None:
         """Connect a device that the registry knows to its client.
 
         Args: `may_keep`: whether a descriptor from the client may stay, by its number, and how many it then has here;
+            `agent_of`: the connection of the map agent in a process, if it has one;
             `gone`: called last, when the client has gone and everything is released.
         Raises: ValueError for a shape no function can be built from.
         """
         self.name, self.devid, self.connection = name, devid, connection
         self.since_s = trio.current_time()
         self._domain, self._gone, self._map_timeout_s = domain, gone, map_timeout_s
-        self._may_keep = may_keep
+        self._may_keep, self._agent_of = may_keep, agent_of
+        self._page_size, self._window_size = domain.registry.chunk_size, window_size
+        self._placeholder: Fd | None = None
+        self._takes_doorbells = False
         registry = domain.registry
         rate = registry.devices[devid].account.quota.commands_per_s
         self.registry = MeteredRegistry(registry, TokenBucket(rate, now_s=self.since_s), trio.current_time)
         self.ram = GuestRam()
         self.function = IsmFunction(
-            FunctionConfig(registry.gid, devid, registry.chunk_size, window_size, vectors, IMPLEMENTED, name),
+            FunctionConfig(registry.gid, devid, registry.chunk_size, window_size, vectors, features, name),
             self.registry,
             self.ram,
             window=TrappedWindow(registry, devid, domain.shared.memories),
@@ -134,7 +142,10 @@ class DeviceHost:
     # -- vfio-user -------------------------------------------------------------------------------------------------
 
     async def version(self, capabilities: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Fd]]:
-        """Give the client a map channel if it asks for one; then it is a process, and its own namespace counts."""
+        """Give the client a map channel if it asks for one; then it is a process, and its own namespace counts.
+
+        QEMU does not ask, and is a virtual machine; if it has a map agent, that is where its channel leads.
+        """
         directory = self._domain.registry.directory
         directory.set_scope(self.devid, ("device", self.devid))
         try:
@@ -142,8 +153,10 @@ class DeviceHost:
         except OSError as error:
             raise VfioUserError(error.errno or errno.EMFILE, "no map channel can be made") from error
         if offer is None:
+            await self._meet_agent()
             return {}, ()
         added, fds, channel = offer
+        self._takes_doorbells = True
         self._domain.registry.devices[self.devid].can_reopen = True
         directory.set_scope(self.devid, ("namespace", self._namespace))
         self._orders.open(channel)
@@ -151,12 +164,36 @@ class DeviceHost:
         self.connection.start_soon(self._run_orders)
         return added, fds
 
+    async def _meet_agent(self) -> None:
+        """Announce the window to the map agent of this client, if there is one. Raises VfioUserError."""
+        sock = self._agent_of(self.connection.peer.pid)
+        if sock is None:
+            return
+        channel = MapChannelServer(sock, timeout_s=self._map_timeout_s)
+        self.connection.start_soon(self._run_channel, channel)
+        try:
+            placeholder = Fd(create_memfd("ism-window", self._window_size))
+            await channel.hello(self._page_size, self._window_size, os.fstat(placeholder.fileno()).st_ino)
+        except (OSError, TransportError, VfioUserError) as error:
+            channel.close()
+            raise VfioUserError(errno.EPROTO, f"the map agent of pid {self.connection.peer.pid}: {error}") from error
+        self._placeholder = placeholder
+        self._orders.open(channel, greeted=True)
+        self.connection.start_soon(self._run_orders)
+
     async def device_info(self) -> DeviceInfo:
         """Describe a PCI device that can be reset."""
         return DeviceInfo(flags=DeviceFlag.RESET | DeviceFlag.PCI, num_regions=VFIO_REGIONS, num_irqs=VFIO_IRQS)
 
     async def region_info(self, index: int) -> RegionInfo:
-        """Describe a BAR or configuration space. None can be mapped: regions come over the map channel."""
+        """Describe a BAR or configuration space.
+
+        None can be mapped, since regions come over the map channel; but a client with a map agent maps an empty file in
+        place of the regions, over which the agent then puts them.
+        """
+        if index == BAR_REGIONS and self._placeholder is not None:
+            flags = RegionFlag.READ | RegionFlag.WRITE | RegionFlag.MMAP
+            return RegionInfo(index=index, size=self._window_size, flags=flags, fd=self._placeholder)
         size = self.function.bar_size(index) if index < VFIO_BARS else 0
         if index == VFIO_CONFIG_REGION:
             size = CONFIG_SIZE
@@ -244,6 +281,8 @@ class DeviceHost:
             self._vectors.clear()
             self._intx.set(None)
             self.ram.clear()
+            if self._placeholder is not None:
+                self._placeholder.close()
             for start in range(0, len(effects), _EFFECTS_PER_TURN):
                 self._domain.carry_out(effects[start : start + _EFFECTS_PER_TURN])
                 await trio.lowlevel.checkpoint()
@@ -276,7 +315,7 @@ class DeviceHost:
 
     def rewire(self, token: Token) -> None:
         """Have the client's eventfd for a region looked at when its turn comes."""
-        if not self.has_channel or token in self._rewiring:
+        if not self._takes_doorbells or token in self._rewiring:
             return
         if token not in self._wires and wish(self._domain.registry, self._domain.devices, self.devid, token) is None:
             return

@@ -168,9 +168,12 @@ class Orders:
         """Whether the client maps memory itself."""
         return self._channel is not None
 
-    def open(self, channel: MapChannelServer) -> None:
-        """Use this channel from now on; `run` and the channel's own `run` are started by the caller."""
-        self._channel = channel
+    def open(self, channel: MapChannelServer, *, greeted: bool = False) -> None:
+        """Use this channel from now on; `run` and the channel's own `run` are started by the caller.
+
+        Args: `greeted`: the window has been announced to it.
+        """
+        self._channel, self._greeted = channel, greeted
 
     def give(self, order: Order) -> None:
         """Add an order; it goes out now if it can."""

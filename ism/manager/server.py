@@ -26,6 +26,7 @@ import trio
 from ism import __version__
 from ism.errors import ConfigError
 from ism.ids import DevId, Gid
+from ism.manager.agents import AgentSocket
 from ism.manager.config import DeviceConfig, DeviceShape, DomainConfig, ManagerConfig, SocketConfig
 from ism.manager.control_server import serve_control, unknown_op
 from ism.manager.devices import DeviceHost
@@ -126,7 +127,7 @@ class Manager:
 
     # -- devices ---------------------------------------------------------------------------------------------------
 
-    def named(self, config: DeviceConfig) -> HandlerFactory:
+    def named(self, config: DeviceConfig, agents: AgentSocket) -> HandlerFactory:
         """Return what gives a named device to a client: the first one, until that is gone."""
         devid = self._devid_of(config)
         domain = self.domains[config.domain]
@@ -137,11 +138,11 @@ class Manager:
                 reason = f"device {config.name} is in use by the client pid {there.connection.peer.pid}"
                 logger.warning("client pid %d refused: %s", connection.peer.pid, reason)
                 return _Busy(reason)
-            return self._host(domain, connection, config.name, devid, config.shape, lambda _: None)
+            return self._host(domain, connection, config.name, devid, config.shape, agents, lambda _: None)
 
         return connect
 
-    def fresh(self, domain_name: str, shape: DeviceShape) -> HandlerFactory:
+    def fresh(self, domain_name: str, shape: DeviceShape, agents: AgentSocket) -> HandlerFactory:
         """Return what makes a device for each client, and removes it with the client."""
         domain = self.domains[domain_name]
         names = self._names[domain_name]
@@ -159,7 +160,7 @@ class Manager:
             domain.registry.add_device(devid, shape.window_size, shape.quota)
             names[devid] = name
             try:
-                return self._host(domain, connection, name, devid, shape, remove)
+                return self._host(domain, connection, name, devid, shape, agents, remove)
             except BaseException:
                 domain.registry.remove_device(devid)
                 del names[devid]
@@ -174,6 +175,7 @@ class Manager:
         name: str,
         devid: DevId,
         shape: DeviceShape,
+        agents: AgentSocket,
         gone: Callable[[DeviceHost], None],
     ) -> DeviceHost:
         def closed(device: DeviceHost) -> None:
@@ -187,8 +189,10 @@ class Manager:
             devid=devid,
             window_size=shape.window_size,
             vectors=shape.vectors,
+            features=shape.features,
             map_timeout_s=self.config.map_timeout_s,
             may_keep=self._may_keep,
+            agent_of=agents.take,
             gone=closed,
         )
         logger.info("device %s (%#x in %s) serves the client pid %d", name, devid, domain.name, connection.peer.pid)
@@ -354,14 +358,21 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
         manager = Manager(config, run_dir, descriptor_limit=limit)
         stack.callback(manager.close)
         devices: list[tuple[socket.socket, HandlerFactory]] = []
+        agent_sockets: list[AgentSocket] = []
         for device in config.devices:
             listener = listen(device.socket, config.file)
             stack.callback(listener.close)
-            devices.append((listener.sock, manager.named(device)))
+            agents = AgentSocket(device.socket, config.file)
+            stack.callback(agents.close)
+            devices.append((listener.sock, manager.named(device, agents)))
+            agent_sockets.append(agents)
         if config.fresh is not None:
             listener = listen(config.fresh.socket, config.file)
             stack.callback(listener.close)
-            devices.append((listener.sock, manager.fresh(config.fresh.domain, config.fresh.shape)))
+            agents = AgentSocket(config.fresh.socket, config.file)
+            stack.callback(agents.close)
+            devices.append((listener.sock, manager.fresh(config.fresh.domain, config.fresh.shape, agents)))
+            agent_sockets.append(agents)
         control = listen(SocketConfig(control_socket(run_dir)), config.file)
         stack.callback(control.close)
         async with trio.open_nursery() as nursery:
@@ -369,6 +380,8 @@ async def run_manager(config: ManagerConfig, run_dir: Path, *, task_status: Star
             nursery.start_soon(serve_control, control.sock, manager.answer)
             clients = trio.CancelScope(shield=True)
             nursery.start_soon(manager.serve_all, devices, clients)
+            for agents in agent_sockets:
+                nursery.start_soon(agents.serve)
             if threading.current_thread() is threading.main_thread():
                 await nursery.start(_wait_for_signal, nursery.cancel_scope)
             logger.info("manager pid %d runs in %s, at most %d descriptors", os.getpid(), run_dir, limit)

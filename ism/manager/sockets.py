@@ -13,6 +13,7 @@ import grp
 import os
 import pwd
 import resource
+import socket
 import stat
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class RunDirectory:
             self._fd = -1
 
 
-def listen(config: SocketConfig, file: str) -> UnixListener:
+def listen(config: SocketConfig, file: str, *, kind: int = socket.SOCK_STREAM) -> UnixListener:
     """Listen on a socket, with its owner and permissions. Args: `file`: of the configuration, for errors.
 
     Raises: ConfigError for a user or group that does not exist; TransportError as `UnixListener`.
@@ -88,7 +89,7 @@ def listen(config: SocketConfig, file: str) -> UnixListener:
         raise ConfigError(
             file, f"{config.key}.socket_owner", f"no such user or group: {config.user}:{config.group}"
         ) from error
-    listener = UnixListener(config.path, mode=0o600, backlog=BACKLOG)
+    listener = UnixListener(config.path, mode=0o600, backlog=BACKLOG, kind=kind)
     try:
         if uid != -1 or gid != -1:
             os.chown(config.path, uid, gid)

@@ -126,7 +126,7 @@ def test_fresh_devices_can_be_switched_off() -> None:
         ("[[device]]\nname='a'\nquota=1", "device[0].quota", "expected a table"),
         ("[[device]]\nname='a'\ndomain='b'", "device[0].domain", "there is no domain 'b'; there are: default"),
         ("[[device]]\nname='a'\nsocket=''", "device[0].socket", "expected a path"),
-        ("[[device]]\nname='a'\nsocket='" + "x" * 108 + "'", "device[0].socket", "at most 107"),
+        ("[[device]]\nname='a'\nsocket='" + "x" * 108 + "'", "device[0].socket", "at most 103"),
         ("[[device]]\nname='a'\nsocket=\"a\\u0000b\"", "device[0].socket", "expected a path"),
         ("[[device]]\nname='a'\nsocket_mode=0o660", "device[0].socket_mode", "expected a string"),
         ("[[device]]\nname='a'\nsocket_mode='999'", "device[0].socket_mode", '"0660"'),
