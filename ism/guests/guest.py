@@ -126,6 +126,13 @@ class Guest:
             if self._gone or time.monotonic() > deadline:
                 raise MachineError(self.name, f"it does not come up: {self.machine.console()[-500:]}")
 
+    def reboot(self, timeout_s: float = 180.0) -> None:
+        """Have the guest's kernel restart the machine, and wait until it is up. Raises MachineError."""
+        self._ready.clear()
+        self.start(["reboot", "-f"])
+        self.wait_ready(timeout_s)
+        self.personalize()
+
     def personalize(self) -> None:
         """Give a restored guest randomness, time and a name of its own."""
         seed = base64.b64encode(os.urandom(64)).decode()
@@ -207,12 +214,17 @@ class Guest:
         except (OSError, ValueError):
             pass
         self._gone = True
+        self._lose_all()
+
+    def _lose_all(self) -> None:
         with self._lock:
             for process in self._open.values():
                 process._messages.put(None)
+            self._open.clear()
 
     def _take(self, message: dict[str, Any]) -> None:
         if "ready" in message:
+            self._lose_all()  # it has booted: nothing of before is there
             self._ready.set()
             return
         process = self._open.get(message["id"])
@@ -220,4 +232,4 @@ class Guest:
             process._messages.put(message)
             if "end" in message:
                 with self._lock:
-                    del self._open[process.id]
+                    self._open.pop(process.id, None)

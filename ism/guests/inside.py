@@ -145,7 +145,7 @@ class Server:
         wake_write.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-        self.wake = wake_read
+        self.wake, self.wake_write = wake_read, wake_write
         self.selector.register(wake_read, selectors.EVENT_READ, self.reap)
         self.selector.register(port, selectors.EVENT_READ, self.receive)
 

@@ -10,6 +10,7 @@ which processes of the host can be reached too (`bridge`, needs root).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -18,16 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from ism.guests.guest import Guest
 from ism.guests.image import Image, prepare
 from ism.guests.machine import Hardware, MachineError
-from ism.guests.payload import options, payload, plug
+from ism.guests.payload import load, options, payload, plug
 from ism.guests.snapshot import boot, furnished_state, restore, saved_state
 from ism.guests.store import Progress, Store, silent
 from ism.vmm.agent import agent_library
@@ -159,6 +160,28 @@ class Lab:
         """Return the command that runs `argv` on the host, where the guests' network is (`bridge`)."""
         return ["ip", "netns", "exec", self._namespace, *argv] if self._namespace else list(argv)
 
+    def status(self) -> dict[str, Any]:
+        """Return what `ism status --json` says. Raises MachineError."""
+        done = subprocess.run(
+            [sys.executable, "-m", "ism", "status", "--json", "--run-dir", str(self.run_dir)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise MachineError("manager", done.stderr.strip())
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Return the devices of all domains, as `ism status` shows them. Raises MachineError."""
+        return [device for domain in self.status()["domains"] for device in domain["devices"]]
+
+    def wait_status(self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0) -> None:
+        """Wait until the manager's status is as wanted. Raises MachineError."""
+        deadline = time.monotonic() + timeout_s
+        while not wanted(status := self.status()):
+            if time.monotonic() > deadline:
+                raise MachineError("manager", f"its status does not come to what is waited for: {status['totals']}")
+
     # -- guests -----------------------------------------------------------------------------------------------------
 
     def add(self, name: str, *, agent: bool = True, plain: bool = False) -> Guest:
@@ -230,15 +253,27 @@ class Lab:
         machine = guest.machine
         if self.network != "none":
             machine.plug("virtio-net-pci", "nic", "nic0", netdev="net0", mac=f"52:54:00:77:00:{number:02x}")
-            up = """
-                import os, subprocess, time
-                deadline = time.monotonic() + 30
-                while not os.path.exists("/sys/class/net/eth0") and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
-                subprocess.run(["ip", "addr", "add", argument + "/24", "dev", "eth0"], check=True)
-            """
-            guest.python(up, address_of(number))
+            self._bring_up(guest, number)
+
+    def reboot(self, guest: Guest) -> None:
+        """Reboot a guest, and set it up as `add` does: project, network, driver. Raises MachineError."""
+        guest.reboot()
+        load(guest)
+        if self.network != "none":
+            self._bring_up(guest, self.names.index(guest.name) + 1)
+        self.bind(guest)
+
+    def _bring_up(self, guest: Guest, number: int) -> None:
+        """Give the guest its address."""
+        up = """
+            import os, subprocess, time
+            deadline = time.monotonic() + 30
+            while not os.path.exists("/sys/class/net/eth0") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
+            subprocess.run(["ip", "addr", "add", argument + "/24", "dev", "eth0"], check=True)
+        """
+        guest.python(up, address_of(number))
 
     def _agent(self, wanted: bool) -> dict[str, str]:
         return {"LD_PRELOAD": str(agent_library())} if wanted else {}

@@ -87,6 +87,11 @@ def plug(guest: Guest, disk: Path) -> None:
     file = {"driver": "file", "filename": str(disk), "read-only": True}
     machine.qmp.run("blockdev-add", driver="raw", node_name=_NODE, read_only=True, file=file)
     machine.plug("virtio-blk-pci", "project", "disk0", drive=_NODE)
+    load(guest)
+
+
+def load(guest: Guest) -> None:
+    """Mount the project's disk in a guest that has it, and load the modules. Raises MachineError."""
     guest.ask("preload", code=_PRELOAD, timeout_s=120.0)
 
 

@@ -139,6 +139,11 @@ class DeviceHost:
         """Whether the client maps memory itself."""
         return self._orders.has_channel
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether a map agent in a virtual machine's VMM maps for the client."""
+        return self._placeholder is not None
+
     # -- vfio-user -------------------------------------------------------------------------------------------------
 
     async def version(self, capabilities: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Fd]]:

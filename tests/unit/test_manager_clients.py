@@ -285,7 +285,13 @@ async def test_status_says_who_holds_what_and_keeps_tokens_to_itself(tmp_path: P
         assert status["totals"] == {"devices": 2, "connected": 1, "regions": 1, "attachments": 0, "bytes": 65536}
         domain = status["domains"][0]
         fresh = next(device for device in domain["devices"] if device["connected"])
-        assert fresh["client"] == {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid(), "maps": True}
+        assert fresh["client"] == {
+            "pid": os.getpid(),
+            "uid": os.getuid(),
+            "gid": os.getgid(),
+            "maps": True,
+            "agent": False,
+        }
         assert (fresh["regions"], fresh["bytes"], fresh["quota"]["regions"]) == (1, 65536, 20)
         assert fresh["stats"]["commands"] >= 1
         idle = next(device for device in domain["devices"] if not device["connected"])
