@@ -208,6 +208,11 @@ class ConfigSpace:
         self._image[at : at + 2] = value.to_bytes(2, "little")
 
     @property
+    def bus_master(self) -> bool:
+        """Whether the function may reach the driver's memory (PCI 3.0 section 6.2.2)."""
+        return bool(self._u16(Header.offset_of("command")) & COMMAND_MASTER)
+
+    @property
     def intx_disabled(self) -> bool:
         """Whether the driver forbids INTx in the command register."""
         return bool(self._u16(Header.offset_of("command")) & COMMAND_INTX_DISABLE)

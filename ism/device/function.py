@@ -171,15 +171,19 @@ class IsmFunction:
     def config_write(self, offset: int, data: bytes) -> Work:
         """Write to configuration space; bits that are not writable keep their value."""
         was_asserted = self._interrupts.intx_asserted
+        was_master = self._space.bus_master
         self._space.write(offset, data)
         self._interrupts.refresh()
         work = Work()
+        if self._space.bus_master and not was_master:
+            for index in (QUEUE_CONTROL, QUEUE_EVENTS):
+                self._notify(index, work)
         if not was_asserted:
             work.effects += self._interrupts.reassert()
         access = self._space.cfg_access() if self._touches_cfg_data(offset, len(data)) else None
         if access:
             done = self.bar_write(access.bar, access.offset, self._space.cfg_data[: access.length])
-            work = Work(work.effects + done.effects, done.requests, done.more)
+            work = Work(work.effects + done.effects, work.requests + done.requests, work.more or done.more)
         return work
 
     def _touches_cfg_data(self, offset: int, n: int) -> bool:
@@ -325,14 +329,22 @@ class IsmFunction:
             except RemoteProtocolError as exc:
                 work.effects += self._break(str(exc))
 
+    @property
+    def _serving(self) -> bool:
+        """Whether the queues may be touched: a driver that is killed may leave them to others, its kernel sees to that.
+
+        uio_pci_generic and vfio-pci take bus mastering away when a program ends in whatever way.
+        """
+        return self._common.running and self._space.bus_master
+
     def _events_running(self) -> bool:
         return (
-            self._common.running and self._common.negotiated(IsmFeature.EVENT_VQ) and self._queues[QUEUE_EVENTS].enabled
+            self._serving and self._common.negotiated(IsmFeature.EVENT_VQ) and self._queues[QUEUE_EVENTS].enabled
         )
 
     def _run_control(self, work: Work) -> None:
         queue = self._queues[QUEUE_CONTROL]
-        if not self._common.running or not queue.enabled:
+        if not self._serving or not queue.enabled:
             return
         try:
             for _ in range(self._chains_per_call):
@@ -372,7 +384,7 @@ class IsmFunction:
         request._done = True
 
     def _current(self, request: Request) -> bool:
-        return request._epoch == self._epoch and self._common.running
+        return request._epoch == self._epoch and self._serving
 
     def _break(self, problem: str) -> list[Effect]:
         """Put the device in NEEDS_RESET (virtio 1.3 section 2.1.2)."""

@@ -191,6 +191,11 @@ class Driver:
         self.control = Ring(ram, RAM_BASE, 64)
         self.events = Ring(ram, RAM_BASE + 0x2000, 64)
         self.buffers = RAM_BASE + 0x10000
+        self.allow_dma(True)
+
+    def allow_dma(self, allowed: bool) -> None:
+        """Set or clear bus mastering in the PCI command register, as the guest's kernel does."""
+        self.host.do(self.function, self.function.config_write(4, b"\6\0" if allowed else b"\2\0"))
 
     # registers
 
@@ -233,6 +238,7 @@ class Driver:
 
     def start(self, *, features: int | None = None, msix: bool = True) -> Driver:
         """Initialise in the order of virtio 1.3 section 3.1.1."""
+        self.allow_dma(True)
         self.put("device_status", 0)
         if msix:
             self.host.carry_out(self.function.set_msix_enabled(True))

@@ -51,6 +51,20 @@ def test_nothing_is_popped_before_driver_ok(host: Host) -> None:
     assert len(driver.notify().requests) == 1
 
 
+def test_without_bus_mastering_no_queue_is_touched_and_what_waits_is_served_when_it_is_back(host: Host) -> None:
+    driver = host.add(7)
+    driver.start()
+    driver.allow_dma(False)
+    driver.submit(ALLOC_ONE, 64)
+    before = driver.ram.read(driver.events.device, 256)
+    assert driver.notify().requests == []
+    assert driver.function.post_event(bytes(32)) == []
+    assert driver.ram.read(driver.events.device, 256) == before
+    assert driver.control.take_used() == []
+    driver.allow_dma(True)
+    assert len(driver.control.take_used()) == 1
+
+
 def test_a_queue_that_is_not_enabled_is_not_served(host: Host) -> None:
     driver = host.add(7)
     driver.accept(VERSION_1)
