@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `ism` command. One module a sub-command, imported only when it is called: `ism --help` loads no Numba."""
+"""The `ism` command. A module a sub-command or two, imported only when it is called: `ism --help` loads no Numba."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from ism import __version__
 from ism.errors import ConfigError, IsmError
 
 _COMMANDS = {
+    "bind": "Hand a virtio-ism PCI function to programs.",
     "demo": "Send a file between two processes over shared memory, and compare with TCP.",
+    "devices": "List the virtio-ism PCI functions of this machine, and what each lacks for use.",
     "manager": "Run the device manager of this host.",
+    "qemu-args": "Print what QEMU is started with, so that its guest has a device.",
     "run": "Run a Python program with its TCP sockets over shared memory.",
     "ss": "List connections: over shared memory, or TCP and why.",
     "status": "Show devices, regions, attachments and bytes of the running manager.",
+    "unbind": "Give a virtio-ism PCI function back to the kernel.",
 }
+_MODULES = {"unbind": "bind"}
+"""Where a sub-command is that has no module of its own name; `-` is `_` there."""
 
 
 class _Commands(click.Group):
@@ -27,7 +33,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"ism.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command = getattr(importlib.import_module(f"ism.cli.{_MODULES.get(name, name)}"), name)
         assert isinstance(command, click.Command)
         return command
 
