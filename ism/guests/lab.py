@@ -43,6 +43,7 @@ map_timeout_s = 20.0
 [defaults]
 window = "{window}"
 vectors = {vectors}
+{features}
 """
 
 
@@ -86,12 +87,13 @@ class Lab:
         network: Network = "none",
         window: str = "64 MiB",
         vectors: int = 32,
+        features: str = "",
         config: str = "",
         start_manager: bool = True,
     ) -> None:
         """Start a manager with a device for each of `names`; guests come with `add`.
 
-        Args: `config`: more of the manager's configuration.
+        Args: `features`: of the devices, as in the manager's configuration; `config`: more of that.
         Raises: MachineError.
         """
         self.parts, self.names, self.network = parts, tuple(names), network
@@ -101,7 +103,8 @@ class Lab:
         self._namespace = ""
         self._stack = contextlib.ExitStack()
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        text = _CONFIG.format(window=window, vectors=vectors) + config
+        offered = f"features = {features}" if features else ""
+        text = _CONFIG.format(window=window, vectors=vectors, features=offered) + config
         for number, name in enumerate(self.names, 1):
             text += f'[[device]]\nname = "{name}"\naddresses = ["{address_of(number)}"]\n'
         (self.folder / "ism.toml").write_text(text)
