@@ -267,13 +267,13 @@ def test_without_msix_needs_reset_sets_the_configuration_bit(host: Host) -> None
 
 def test_intx_disabled_in_the_command_register_is_raised_when_enabled_again(host: Host) -> None:
     driver = host.add(7).start(msix=False)
-    driver.function.config_write(4, b"\x00\x04")
+    driver.function.config_write(4, b"\x06\x04")
     driver.alloc(CHUNK)
     assert host.take_raised() == []
     assert pci_status(driver) & 8
-    host.do(driver.function, driver.function.config_write(4, b"\x00\x00"))
+    host.do(driver.function, driver.function.config_write(4, b"\x06\x00"))
     assert host.take_raised() == [(7, INTX)]
-    host.do(driver.function, driver.function.config_write(4, b"\x00\x00"))
+    host.do(driver.function, driver.function.config_write(4, b"\x06\x00"))
     assert host.take_raised() == []
 
 
