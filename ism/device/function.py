@@ -338,9 +338,7 @@ class IsmFunction:
         return self._common.running and self._space.bus_master
 
     def _events_running(self) -> bool:
-        return (
-            self._serving and self._common.negotiated(IsmFeature.EVENT_VQ) and self._queues[QUEUE_EVENTS].enabled
-        )
+        return self._serving and self._common.negotiated(IsmFeature.EVENT_VQ) and self._queues[QUEUE_EVENTS].enabled
 
     def _run_control(self, work: Work) -> None:
         queue = self._queues[QUEUE_CONTROL]

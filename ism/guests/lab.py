@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -184,6 +185,14 @@ class Lab:
         while not wanted(status := self.status()):
             if time.monotonic() > deadline:
                 raise MachineError("manager", f"its status does not come to what is waited for: {status['totals']}")
+
+    def qemu_program(self) -> Path:
+        """Return an executable that is this lab's QEMU, for commands that name one."""
+        script = self.folder / "qemu-system-x86_64"
+        command = shlex.join(self.parts.image.tools.command("usr/bin/qemu-system-x86_64"))
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        script.chmod(0o755)
+        return script
 
     # -- guests -----------------------------------------------------------------------------------------------------
 

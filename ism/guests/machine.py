@@ -10,6 +10,7 @@ after the start, into root ports that are there for them; or they are on the com
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -43,13 +44,15 @@ class MachineError(IsmError):
 class Hardware:
     """What a machine is made of.
 
-    Attributes: `memory_mib`; `vcpus`; `iommu` (an Intel IOMMU in front of the devices); `kvm`; `append` (more kernel
-    arguments); `devices` (more QEMU options); `environment` (of the QEMU process); `wrapper` (a command that starts
+    Attributes: `memory_mib`; `command` (a shell command that starts QEMU with machine and memory, to which the rest is
+    added; as `ism qemu-args` prints it); `vcpus`; `iommu` (an Intel IOMMU in front of the devices); `kvm`; `append`
+    (more kernel arguments); `devices` (more QEMU options); `environment` (of the QEMU process); `wrapper` (a command that starts
     QEMU, such as `ip netns exec NAME`). The last three are free: a machine may be restored with others than it was
     saved with, as long as the devices of its state are there.
     """
 
     memory_mib: int = 512
+    command: str = ""
     vcpus: int = 1
     iommu: bool = True
     kvm: bool = False
@@ -63,11 +66,14 @@ class Hardware:
         cpu = ["-accel", "kvm", "-cpu", "host"] if self.kvm else ["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]
         iommu = ["-device", "intel-iommu,caching-mode=on"] if self.iommu else []
         append = f"{_APPEND} {'intel_iommu=on' if self.iommu else ''} {self.append}".strip()
-        options = [
-            "-M", "q35", *cpu, "-m", f"{self.memory_mib}M", "-smp", str(self.vcpus),
-            "-nodefaults", "-nographic", "-no-user-config", *iommu,
+        memory = [
+            "-M", "q35", "-m", f"{self.memory_mib}M",
             "-object", f"memory-backend-memfd,id=ram0,size={self.memory_mib}M,share=on",
             "-machine", "memory-backend=ram0",
+        ]  # fmt: skip
+        options = [
+            *([] if self.command else memory), *cpu, "-smp", str(self.vcpus),
+            "-nodefaults", "-nographic", "-no-user-config", *iommu,
             "-drive", f"if=none,id=root0,format=raw,readonly=on,file={image.disk}",
             "-device", "virtio-blk-pci,drive=root0,disable-legacy=on",
             "-kernel", str(image.kernel), "-initrd", str(image.ramdisk), "-append", append,
@@ -107,6 +113,8 @@ class Machine:
             *hardware.devices, *(["-incoming", "defer"] if state else []),
         ]  # fmt: skip
         self.argv = [*hardware.wrapper, *image.tools.command("usr/bin/qemu-system-x86_64", *arguments)]
+        if hardware.command:
+            self.argv = ["sh", "-c", f"{hardware.command} {shlex.join(map(str, arguments))}"]
         self._log = (folder / "qemu.log").open("wb")
         self.process = subprocess.Popen(
             self.argv,
@@ -191,7 +199,7 @@ class Machine:
     def kill(self) -> None:
         """End QEMU at once, as if it had crashed."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._log.close()
         if hasattr(self, "qmp"):

@@ -95,4 +95,6 @@ class AgentSocket:
             former.close()
         self._kept[pid] = sock
         while len(self._kept) > MAX_KEPT:
-            self._kept.pop(next(iter(self._kept))).close()
+            oldest = next(iter(self._kept))
+            logger.warning("the map agent of pid %d is forgotten: %d are kept", oldest, MAX_KEPT)
+            self._kept.pop(oldest).close()

@@ -142,7 +142,7 @@ class DeviceHost:
     @property
     def has_agent(self) -> bool:
         """Whether a map agent in a virtual machine's VMM maps for the client."""
-        return self._placeholder is not None
+        return self.has_channel and self._placeholder is not None
 
     # -- vfio-user -------------------------------------------------------------------------------------------------
 
@@ -177,12 +177,12 @@ class DeviceHost:
         channel = MapChannelServer(sock, timeout_s=self._map_timeout_s)
         self.connection.start_soon(self._run_channel, channel)
         try:
-            placeholder = Fd(create_memfd("ism-window", self._window_size))
+            placeholder = self._placeholder = Fd(create_memfd("ism-window", self._window_size))
             await channel.hello(self._page_size, self._window_size, os.fstat(placeholder.fileno()).st_ino)
         except (OSError, TransportError, VfioUserError) as error:
             channel.close()
             raise VfioUserError(errno.EPROTO, f"the map agent of pid {self.connection.peer.pid}: {error}") from error
-        self._placeholder = placeholder
+        self._domain.registry.devices[self.devid].can_reopen = True
         self._orders.open(channel, greeted=True)
         self.connection.start_soon(self._run_orders)
 
@@ -505,6 +505,8 @@ class DeviceHost:
 
     async def _run_channel(self, channel: MapChannelServer) -> None:
         await channel.run()
+        if not self.has_channel:
+            return  # an agent that did not greet: VERSION is refused, and says so
         self._orders.close()
         failure = channel.failure
         self.connection.drop(str(failure), departed=failure is not None and failure.errno in GONE)

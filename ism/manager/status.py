@@ -93,7 +93,13 @@ def _device(device: Device, listed: Member, name: str, connected: object) -> dic
     }
     if isinstance(connected, DeviceHost):
         peer = connected.connection.peer
-        shown["client"] = {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid, "maps": connected.has_channel, "agent": connected.has_agent}
+        shown["client"] = {
+            "pid": peer.pid,
+            "uid": peer.uid,
+            "gid": peer.gid,
+            "maps": connected.has_channel,
+            "agent": connected.has_agent,
+        }
         shown["stats"] |= connected.function.stats | {"over_rate": connected.registry.over_rate}
     return shown
 
