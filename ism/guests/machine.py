@@ -46,8 +46,8 @@ class Hardware:
 
     Attributes: `memory_mib`; `command` (a shell command that starts QEMU with machine and memory, to which the rest is
     added; as `ism qemu-args` prints it); `vcpus`; `iommu` (an Intel IOMMU in front of the devices); `kvm`; `append`
-    (more kernel arguments); `devices` (more QEMU options); `environment` (of the QEMU process); `wrapper` (a command that starts
-    QEMU, such as `ip netns exec NAME`). The last three are free: a machine may be restored with others than it was
+    (more kernel arguments); `devices` (more QEMU options); `environment` (of the QEMU process); `wrapper` (a command
+    that starts QEMU, such as `ip netns exec NAME`). The last three are free: a machine may be restored with others than it was
     saved with, as long as the devices of its state are there.
     """
 
