@@ -12,11 +12,14 @@ import contextlib
 import faulthandler
 import importlib
 import importlib.util
+import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
+import traceback
 import unittest
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -184,14 +187,40 @@ class Replaced:
         module.socket._real_close = counted_end
 
 
+def unused_port(ports: Iterator[int]) -> int:
+    """Find a port as the library's helper does, but none that the kernel gives to others before it is used."""
+    import socket
+
+    while True:
+        port = next(ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+class Telling(queue.Queue):  # type: ignore[type-arg]
+    """A queue that shows which exception passes through it.
+
+    A test's thread hands its own to the test by a queue, and the test may be waiting for that thread's connection.
+    """
+
+    def put(self, item: Any, *arguments: Any, **options: Any) -> None:
+        if isinstance(item, BaseException):
+            traceback.print_exception(item)
+        super().put(item, *arguments, **options)
+
+
 def work(name: str) -> None:
     """Read names of classes, a line each; write what became of them."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     import socket  # noqa: F401 (before anything is replaced)
 
-    from test.support import threading_helper
+    from test.support import socket_helper, threading_helper
 
+    ports = itertools.count(20_000 + os.getpid() % 10_000)
+    socket_helper.find_unused_port = lambda *_, **__: unused_port(ports)
+    queue.Queue = Telling
     # the library's own threads come and go when they like: no test waits until there are as few as before it
     threading_helper.wait_threads_exit = lambda *_, **__: contextlib.nullcontext()
     threading_helper.threading_cleanup = lambda *_: None
