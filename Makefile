@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a file through shared memory between two processes, with the comparison to TCP
-# make test   all tests; installs the outside tools they check against (lspci, tshark, spin) when it may
+# make test   all tests but those in guests; installs the outside tools they check against (lspci, tshark, spin) when it may
+# make vm-test   the tests in virtual machines: fetches QEMU and a guest from Debian's packages into ~/.cache/ism-vm, once
+# make vm-demo   two virtual machines, a file and an RPC between them, with the comparison to TCP
+# make vm-bench  what sockets between virtual machines cost, against TCP between the same two
 # make lint   ruff, mypy, import-linter
 # make bench  every benchmark, ratios in one run
 # Each target sets up what it needs: a virtual environment in .venv with this project in editable mode.
@@ -11,7 +14,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test vm-test vm-demo vm-bench lint bench format clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -29,7 +32,18 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	tests/install-tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not vm" $(PYTEST_ARGS)
+
+vm-test: $(VENV)/.installed
+	tests/install-tools
+	$(BIN)/ism vm setup || echo "make: no guests; the tests say why they are skipped" >&2
+	$(BIN)/python -m pytest -m vm $(PYTEST_ARGS)
+
+vm-demo: $(VENV)/.installed
+	$(BIN)/ism vm demo
+
+vm-bench: $(VENV)/.installed
+	$(BIN)/ism vm bench
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

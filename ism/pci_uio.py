@@ -142,6 +142,11 @@ class UioTransport:
         """How the user named it."""
         return self._name
 
+    @property
+    def tells_of_loss(self) -> bool:
+        """No: the kernel knows when the function goes, not when what emulates it has died."""
+        return False
+
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Nothing to watch: a function that is unplugged shows by the interrupt, or the access, that fails."""
 

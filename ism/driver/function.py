@@ -41,6 +41,11 @@ VECTOR_CONFIG, VECTOR_CONTROL, VECTOR_EVENTS, VECTOR_REGIONS = range(4)
 _OPTIONAL = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, IsmFeature.DIRECTORY)
 _POLL_INTERVAL_S = 0.001
 _POLLS_PER_STATUS = 100
+_LOOK_INTERVAL_S = 5.0
+"""How often a device is looked at whose death nobody tells of. Rarely: a read that is under way in QEMU when the manager
+dies can end QEMU (docs/vm.md)."""
+_ALL_ONES = 0xFF
+"""What the status register of a PCI function reads that does not answer."""
 _PCI_COMMAND = 4
 _PCI_COMMAND_OFF = 0
 _PCI_COMMAND_MEMORY_AND_MASTER = 0x6
@@ -64,6 +69,7 @@ class Function(ABC):
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._gone: str | None = None
+        self._silent_loss = False
         self._live = False
         self._closed = False
         self._polls = 0
@@ -198,6 +204,9 @@ class Function(ABC):
             self._write_command(_PCI_COMMAND_MEMORY_AND_MASTER)
         else:
             self.service.every(_POLL_INTERVAL_S, self._poll)
+            return
+        if not self.transport.tells_of_loss:
+            self.service.every(_LOOK_INTERVAL_S, self._look)
 
     def _notify(self, index: int) -> None:
         place = self._caps.notify
@@ -226,13 +235,23 @@ class Function(ABC):
         drain(self._queue_fds[VECTOR_CONFIG])
         self._check_status()
 
+    def _look(self) -> None:
+        if self._gone is None:
+            self._check_status()
+
     def _check_status(self) -> None:
         try:
             status = self._pci.status
         except IsmError as exc:
             log.warning("%s: the device status cannot be read: %s", self.transport.name, exc)
             return
-        if status & Status.NEEDS_RESET:
+        if status == _ALL_ONES:
+            self._silent_loss = True
+            self._fail(
+                f"{self.transport.name}: its registers read all ones: the device manager is gone, or does not answer; "
+                "this machine has to be shut down and started again, or the device plugged in again"
+            )
+        elif status & Status.NEEDS_RESET:
             self._fail(
                 f"{self.transport.name}: the device found a broken queue and needs a reset: close it and open it again"
             )
@@ -308,7 +327,7 @@ class Function(ABC):
 
         A device that is told FAILED serves no queue from there on, should it live.
         """
-        silent = self._silenced(lambda: self._pci.add_status(Status.FAILED))
+        silent = not self._silent_loss and self._silenced(lambda: self._pci.add_status(Status.FAILED))
         self._last_look(self.control.reap)
         if self._events is not None:
             self._last_look(self._events.reap)

@@ -54,6 +54,11 @@ class Transport(Protocol):
         """How the user named it, e.g. `vfio-user:/run/ism/device.sock`."""
         ...
 
+    @property
+    def tells_of_loss(self) -> bool:
+        """Whether `on_gone` is called when the device dies; else its registers read all ones, and somebody must look."""
+        ...
+
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Begin background work on `watcher`; `on_gone(reason)` is called at most once, when the device is lost."""
         ...

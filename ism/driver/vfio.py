@@ -145,6 +145,11 @@ class VfioTransport:
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
+    @property
+    def tells_of_loss(self) -> bool:
+        """No: the kernel knows when the function goes, not when what emulates it has died."""
+        return False
+
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Watch for the kernel wanting the device back, and for bus errors."""
         with self._asking("it cannot be watched"):

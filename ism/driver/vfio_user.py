@@ -130,6 +130,11 @@ class VfioUserTransport:
         """How the user named it."""
         return self._name
 
+    @property
+    def tells_of_loss(self) -> bool:
+        """Yes: the connection hangs up."""
+        return True
+
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Answer the map channel and watch for the manager's death."""
         self._watcher, self._on_gone = watcher, on_gone

@@ -146,7 +146,8 @@ class Lab:
 
     def manager_log(self) -> str:
         """Return the end of what the manager has written."""
-        return (self.folder / "manager.log").read_text(errors="replace")[-3000:]
+        file = self.folder / "manager.log"
+        return file.read_text(errors="replace")[-3000:] if file.exists() else "it was not started"
 
     def _end_manager(self) -> None:
         self.manager.terminate()

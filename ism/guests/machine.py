@@ -47,8 +47,8 @@ class Hardware:
     Attributes: `memory_mib`; `command` (a shell command that starts QEMU with machine and memory, to which the rest is
     added; as `ism qemu-args` prints it); `vcpus`; `iommu` (an Intel IOMMU in front of the devices); `kvm`; `append`
     (more kernel arguments); `devices` (more QEMU options); `environment` (of the QEMU process); `wrapper` (a command
-    that starts QEMU, such as `ip netns exec NAME`). The last three are free: a machine may be restored with others than it was
-    saved with, as long as the devices of its state are there.
+    that starts QEMU, such as `ip netns exec NAME`). The last three are free: a machine may be restored with others than
+    it was saved with, as long as the devices of its state are there.
     """
 
     memory_mib: int = 512
@@ -142,13 +142,22 @@ class Machine:
                 if time.monotonic() > deadline:
                     raise MachineError(self.name, "QEMU does not answer on its QMP socket") from exc
                 time.sleep(0.01)
-            except OSError as exc:
-                raise MachineError(self.name, f"QEMU ended: {self.words()}") from exc
+            except (OSError, QmpError) as exc:
+                self.process.wait(_START_S)
+                raise MachineError(self.name, f"QEMU ended with {self.process.returncode}: {self.words()}") from exc
 
     def words(self) -> str:
         """Return the last line QEMU itself has written."""
         lines = (self.folder / "qemu.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "without a word"
+
+    def wait_log(self, wanted: str, timeout_s: float = 30.0) -> None:
+        """Wait until QEMU has written something. Raises MachineError."""
+        deadline = time.monotonic() + timeout_s
+        while wanted not in (self.folder / "qemu.log").read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise MachineError(self.name, f"QEMU does not write {wanted!r}: {self.words()}")
+            time.sleep(0.01)
 
     def log(self) -> str:
         """Return the ends of what QEMU and the guest's kernel have written, for whoever looks into a failure."""

@@ -182,6 +182,11 @@ class InMemoryTransport:
         """How errors call it."""
         return f"in-memory:{self._config.devid:x}"
 
+    @property
+    def tells_of_loss(self) -> bool:
+        """Yes: `lose` calls."""
+        return True
+
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:
         """Nothing comes unasked here but interrupts."""
         self._on_gone = on_gone

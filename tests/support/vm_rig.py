@@ -41,6 +41,11 @@ class Interpreter:
         self._process = guest.start_python(_INTERPRETER)
         self._process.wait_line("interpreter", ANSWER_S)
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._process.signal(9)
+        assert self._process.wait(ANSWER_S) == -9
+
     def __call__(self, code: str, argument: Any = None, *, timeout_s: float = ANSWER_S) -> Any:
         """Run code; raises InGuestError for what it raises."""
         self._process.send(json.dumps([code, argument]).encode() + b"\n")
@@ -53,16 +58,25 @@ class Interpreter:
 class GuestDriver(Interpreter):
     """An open device in a guest: `d`; regions by name in `r`."""
 
-    def __init__(self, guest: Guest, device: str | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        device: str | None = None,
+        environment: dict[str, str] | None = None,
+        constants: dict[str, str] | None = None,
+    ) -> None:
+        """Open a device. Args: `constants`: of `ism.driver.function`, as Python source."""
         super().__init__(guest)
         self(
             "import os, select\n"
             "os.environ.update(argument[1])\n"
+            "from ism.driver import function\n"
+            "for name, value in argument[2].items(): setattr(function, name, eval(value))\n"
             "from ism.driver.select import open_device\n"
             "from ism.virtio.ism_spec import Permission\n"
             "d = open_device(argument[0])\n"
             "r = {}\n",
-            [device, environment or {}],
+            [device, environment or {}, constants or {}],
         )
         self.devid: int = self("result = d.devid")
 

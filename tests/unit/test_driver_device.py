@@ -390,3 +390,28 @@ def test_a_token_of_another_domain_is_unknown(domain: Domain) -> None:
     with pytest.raises(Exception, match="ENOENT"):
         domain.device().attach(Token(region.token))
     other.devices[0].close()
+
+
+def test_a_device_that_nobody_tells_of_is_found_dead_by_its_registers(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InMemoryTransport, "tells_of_loss", property(lambda _: False))
+    monkeypatch.setattr("ism.driver.function._LOOK_INTERVAL_S", 0.01)
+    device = domain.device()
+    region = device.alloc(CHUNK)
+    dead = threading.Event()
+    read = InMemoryTransport.bar_read
+    monkeypatch.setattr(
+        InMemoryTransport, "bar_read", lambda self, *a: b"\xff" * a[2] if dead.is_set() else read(self, *a)
+    )
+    other = domain.device()
+    device.alloc(CHUNK).close()
+    dead.set()
+    readable, _, _ = select.select([region], [], [], PATIENCE_S)
+    assert readable  # whoever waits for a doorbell is woken
+    with pytest.raises(DeviceGoneError, match="read all ones"):
+        device.check_usable()
+    with pytest.raises(TransportError, match="read all ones"):
+        device.alloc(CHUNK)
+    dead.clear()
+    other.close()
