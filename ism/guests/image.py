@@ -25,7 +25,7 @@ from ism.guests.packages import BACKPORTS, SUITE, Apt, Deb
 from ism.guests.store import Progress, SetupError, Store, key_of
 
 _QEMU: Final = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
-TOOLS: Final = (*(f"{name}/{BACKPORTS}" for name in _QEMU), "erofs-utils", "zstd")
+TOOLS: Final = (*(f"{name}/{BACKPORTS}" for name in _QEMU), "erofs-utils", "zstd", "linux-libc-dev")
 GUEST: Final = (
     "python3.13-minimal", "libpython3.13-stdlib", "libstdc++6", "busybox-static", "kmod", "pciutils",
 )  # fmt: skip

@@ -37,6 +37,8 @@ from ism.vmm.agent import agent_library
 Network = Literal["none", "pair", "bridge"]
 HOST_ADDRESS: Final = "10.77.0.254"
 _DEVICE_S: Final = 30.0
+_KEPT: Final = 3
+"""Entries of a kind that the cache keeps, those used last."""
 _CONFIG: Final = """
 [manager]
 log_level = "info"
@@ -66,7 +68,10 @@ def ready(store: Store | None = None, progress: Progress = silent, *, refresh: b
     hardware = Hardware()
     warm = saved_state(store, image, hardware, progress)
     disk = payload(store, image, progress)
-    return Parts(store, image, hardware, furnished_state(store, image, hardware, warm, disk, progress), disk)
+    furnished = furnished_state(store, image, hardware, warm, disk, progress)
+    for prefix in ("furnished-", "payload-", "kernels-", "state-", "disk-", "root-", "tools-", "ramdisk-"):
+        store.prune(prefix, _KEPT)
+    return Parts(store, image, hardware, furnished, disk)
 
 
 def address_of(number: int) -> str:

@@ -20,7 +20,6 @@ from ism.guests.qmp import QmpError
 from ism.guests.store import Progress, SetupError, Store, key_of
 
 _KVM_PROBE_S = 25.0
-_KEPT = 3
 
 
 def saved_state(store: Store, image: Image, hardware: Hardware, progress: Progress) -> Path:
@@ -63,7 +62,6 @@ def furnished_state(
                 if guest is not None:
                     guest.quit()
 
-    store.prune("furnished-", _KEPT)
     return store.entry(f"furnished-{key}", build)
 
 

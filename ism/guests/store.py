@@ -79,6 +79,7 @@ class Store:
         """
         path = self.path(name)
         if path.exists():
+            os.utime(path)  # used lately: `prune` keeps it
             return path
         with self._locked(name):
             if path.exists():
@@ -96,7 +97,7 @@ class Store:
         return path
 
     def prune(self, prefix: str, keep: int) -> None:
-        """Remove all but the newest `keep` entries whose names begin with `prefix`."""
+        """Remove all but the `keep` entries used last whose names begin with `prefix`."""
         entries = sorted(self.folder.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in entries[keep:]:
             with contextlib.suppress(FileNotFoundError):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VFIO's and iommufd's numbers against the kernel headers of this machine, as a C compiler reads them."""
+"""VFIO's and iommufd's numbers against the kernel headers, as a C compiler reads them.
+
+The headers are those that came with what guests are made from, if there are such, which are newer; else this machine's.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pytest
 
 from ism.driver import vfio_uapi as uapi
 from ism.errors import TransportError
+from ism.guests.store import Store
 from ism.layout import Struct
 
 IOMMUFD = "HAVE_IOMMUFD"
@@ -78,7 +82,9 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler: apt-get install gcc libc6-dev")
-    if not Path("/usr/include/linux/vfio.h").exists():
+    newer = list(Store.default().folder.glob("tools-*/usr/include/linux/iommufd.h"))
+    include = newer[0].parents[1] if newer else Path("/usr/include")
+    if not (include / "linux/vfio.h").exists():
         pytest.skip("no kernel headers: apt-get install linux-libc-dev")
     lines = [guarded(needs(member.name), printed(member.name, member.name)) for member in CONSTANTS]
     for made, (name, macro, _) in STRUCTURES.items():
@@ -103,7 +109,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     )
     folder = tmp_path_factory.mktemp("uapi")
     (folder / "uapi.c").write_text(program)
-    subprocess.run([compiler, "-o", folder / "uapi", folder / "uapi.c"], check=True)
+    subprocess.run([compiler, "-isystem", include, "-o", folder / "uapi", folder / "uapi.c"], check=True)
     output = subprocess.run([folder / "uapi"], check=True, capture_output=True, text=True).stdout
     return {name: int(value) for name, value in map(str.split, output.splitlines())}
 
