@@ -48,12 +48,12 @@ class Change(Flag):
 class CommonRegisters:
     """Common configuration of one function.
 
-    Attributes: `status`, `config_vector` (0xFFFF none), `fault` (why the last change was BROKEN, else "").
+    Attributes: `offered` (feature bits), `status`, `config_vector` (0xFFFF none), `fault` (why the last change was BROKEN, else "").
     """
 
     def __init__(self, offered: int, queues: Sequence[DeviceQueue], vectors: int) -> None:
         """Offer the feature bits `offered` and the queues; `vectors` is the size of the MSI-X table."""
-        self._offered = offered
+        self.offered = offered
         self._queues = queues
         self._vectors = vectors
         self.reset()
@@ -105,7 +105,7 @@ class CommonRegisters:
         queue = self._selected()
         return CommonCfg(
             device_feature_select=self._device_feature_select,
-            device_feature=_word(self._offered, self._device_feature_select),
+            device_feature=_word(self.offered, self._device_feature_select),
             driver_feature_select=self._driver_feature_select,
             driver_feature=_word(self._accepted, self._driver_feature_select),
             config_msix_vector=self.config_vector,
@@ -168,7 +168,7 @@ class CommonRegisters:
         return change
 
     def _features_fit(self) -> bool:
-        unknown = self._accepted & ~self._offered
+        unknown = self._accepted & ~self.offered
         return not unknown and not self._accepted_unknown and self._accepted & REQUIRED_FEATURES == REQUIRED_FEATURES
 
     def _write_queue(self, queue: DeviceQueue, name: str, value: int) -> Change:

@@ -155,6 +155,12 @@ class IsmFunction:
         ).pack()
         self._epoch = 0
 
+    def add_feature(self, feature: IsmFeature) -> None:
+        """Offer one more feature bit. Raises LocalProtocolError once a driver has begun."""
+        if self._common.status:
+            raise LocalProtocolError(f"feature {feature.name} comes too late: a driver has begun")
+        self._common.offered |= 1 << feature
+
     # configuration space
 
     def config_read(self, offset: int, n: int) -> bytes:

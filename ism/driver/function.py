@@ -38,12 +38,12 @@ from ism.virtio.pci import Feature, Isr, Status
 log = logging.getLogger("ism.driver")
 
 VECTOR_CONFIG, VECTOR_CONTROL, VECTOR_EVENTS, VECTOR_REGIONS = range(4)
-_OPTIONAL = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, IsmFeature.DIRECTORY)
+_OPTIONAL = (IsmFeature.EVENT_IRQ, IsmFeature.EVENT_VQ, IsmFeature.DIRECTORY, IsmFeature.TRAPPED)
 _POLL_INTERVAL_S = 0.001
 _POLLS_PER_STATUS = 100
 _LOOK_INTERVAL_S = 5.0
-"""How often a device is looked at whose death nobody tells of. Rarely: a read that is under way in QEMU when the manager
-dies can end QEMU (docs/vm.md)."""
+"""How often a device is looked at whose death nobody tells of. Rarely: a read that is under way in QEMU when the
+manager dies can end QEMU (docs/vm.md)."""
 _ALL_ONES = 0xFF
 """What the status register of a PCI function reads that does not answer."""
 _PCI_COMMAND = 4
@@ -56,7 +56,8 @@ class Function(ABC):
     """An initialised function.
 
     Attributes: `gid`, `devid` (the device's name), `chunk_size`, `features` (accepted feature bits), `transport`,
-    `service` (its thread), `control` (commands one by one).
+    `service` (its thread), `control` (commands one by one), `atomic` (whether an atomic exchange in a region is one:
+    not where accesses to the window are trapped, always or after each interrupt).
     """
 
     def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
@@ -168,6 +169,7 @@ class Function(ABC):
             pci.set_config_vector(VECTOR_CONFIG)
             self._answers, self._serves = (self._queue_fds[VECTOR_CONTROL],), tuple(self._queue_fds[VECTOR_CONTROL:])
         line = transport.enable_intx() if interrupts and not self._interrupts else None
+        self.atomic = line is None and IsmFeature.TRAPPED not in self.features
         if line is not None:
             self._answers = self._serves = (line,)
         self._vectors = Vectors(transport, self.service, VECTOR_REGIONS, vectors)

@@ -44,6 +44,10 @@ _MODPROBE_TIMEOUT_S = 30.0
 Say = Callable[[str], None]
 
 
+_MODPROBE_PLACES = "/usr/sbin:/sbin:/usr/bin:/bin"
+"""Not the PATH of whoever calls: it runs as root."""
+
+
 class Sysfs:
     """The kernel's files. `root`, `dev` and `proc` are where /sys, /dev and /proc are; paths below are relative."""
 
@@ -83,7 +87,7 @@ class Sysfs:
 
     def load_module(self, name: str) -> str | None:
         """Run modprobe. Returns: why it did not work, else None."""
-        modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        modprobe = shutil.which("modprobe", path=_MODPROBE_PLACES)
         if modprobe is None:
             return "there is no modprobe"
         try:

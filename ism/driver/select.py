@@ -5,7 +5,11 @@
 |---|---|
 | `vfio-user:PATH` | socket of a device manager |
 | `vfio:BDF` | PCI function of this machine that is bound to vfio-pci |
-| `uio:BDF`, `uio:BDF,poll` | one without an IOMMU, by sysfs; `poll`: without its interrupt |
+| `uio:BDF` | one without an IOMMU, by sysfs |
+| either with `,intx` | by its interrupt line, where it would be polled: the queues of UIO, and of few MSI-X vectors |
+
+The line is not used unless it is asked for: QEMU takes the mapping of a BAR away for a second after each INTx, and what
+was stored by traps then can arrive after what is stored in memory again.
 
 The transports of PCI functions are imported when they are used: most programs use none.
 """
@@ -17,13 +21,14 @@ import os
 
 from ism import paths
 from ism.driver.device import Device
+from ism.driver.function import VECTOR_REGIONS
 from ism.driver.pci_sysfs import ALLOW_NO_IOMMU, VFIO_DRIVER, Sysfs, bound_to, full_bdf
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import TransportError
 
 ENVIRONMENT = "ISM_DEVICE"
-_POLL = ",poll"
-_EXPECTED = f"expected vfio-user:PATH, vfio:BDF or uio:BDF[{_POLL}], BDF being like 0000:01:00.0 (see `ism devices`)"
+_INTX = ",intx"
+_EXPECTED = f"expected vfio-user:PATH, vfio:BDF[{_INTX}] or uio:BDF[{_INTX}], BDF like 0000:01:00.0 (see `ism devices`)"
 
 
 def open_device(name: str | None = None, *, allow_no_iommu: bool | None = None) -> Device:
@@ -58,17 +63,23 @@ def _open(name: str, origin: str, *, allow_no_iommu: bool) -> Device:
     kind, _, where = name.partition(":")
     if kind == "vfio-user" and where:
         return Device(VfioUserTransport.connect(where))
-    bdf = full_bdf(where.removesuffix(_POLL) if kind == "uio" else where)
+    bdf, intx = full_bdf(where.removesuffix(_INTX)), where.endswith(_INTX)
     if kind == "vfio" and bdf is not None:
-        return _open_vfio(bdf, allow_no_iommu=allow_no_iommu)
+        return _open_vfio(bdf, allow_no_iommu=allow_no_iommu, intx=intx)
     if kind == "uio" and bdf is not None:
         from ism.pci_uio import UioTransport
 
-        return Device(UioTransport(bdf, allow_no_iommu=allow_no_iommu), interrupts=not where.endswith(_POLL))
+        return Device(UioTransport(bdf, allow_no_iommu=allow_no_iommu), interrupts=intx)
     raise TransportError(f"unknown device name {name!r}{origin}: {_EXPECTED}")
 
 
-def _open_vfio(bdf: str, *, allow_no_iommu: bool) -> Device:
+def _open_vfio(bdf: str, *, allow_no_iommu: bool, intx: bool = False) -> Device:
     from ism.driver.vfio import VfioTransport
 
-    return Device(VfioTransport.open(bdf, allow_no_iommu=allow_no_iommu))
+    transport = VfioTransport.open(bdf, allow_no_iommu=allow_no_iommu)
+    try:
+        interrupts = intx or transport.vector_count() > VECTOR_REGIONS
+    except BaseException:
+        transport.close()
+        raise
+    return Device(transport, interrupts=interrupts)

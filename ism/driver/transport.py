@@ -56,7 +56,7 @@ class Transport(Protocol):
 
     @property
     def tells_of_loss(self) -> bool:
-        """Whether `on_gone` is called when the device dies; else its registers read all ones, and somebody must look."""
+        """Whether `on_gone` is called when the device dies; else its registers read all ones, and one has to look."""
         ...
 
     def start(self, watcher: Watcher, on_gone: Callable[[str], None]) -> None:

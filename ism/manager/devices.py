@@ -56,6 +56,7 @@ from ism.vfio_user.payloads import (
     RegionInfo,
     SetIrqs,
 )
+from ism.virtio.ism_spec import IsmFeature
 
 logger = logging.getLogger("ism.manager")
 
@@ -173,6 +174,7 @@ class DeviceHost:
         """Announce the window to the map agent of this client, if there is one. Raises VfioUserError."""
         sock = self._agent_of(self.connection.peer.pid)
         if sock is None:
+            self.function.add_feature(IsmFeature.TRAPPED)
             return
         channel = MapChannelServer(sock, timeout_s=self._map_timeout_s)
         self.connection.start_soon(self._run_channel, channel)

@@ -104,7 +104,9 @@ class LinkGroups:
     Attributes: `reused`, `made` (own regions that were there, or had to be allocated); `taken` (offers of peers).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        """Args: `keeps`: False where an exchange in a region is not atomic, so that no region may be offered."""
+        self._keeps = keeps
         self._lock = threading.RLock()
         self._groups: OrderedDict[DevId, _Group] = OrderedDict()
         self._count = 0
@@ -255,6 +257,11 @@ class LinkGroups:
             `answer`: what the peer said of itself; `client`: whether this side had connected;
             `address`: of the client, when the manager has said that connections from it are the peer's.
         """
+        if not self._keeps:
+            own.close()
+            if attached is not None:
+                attached.close()
+            return
         drop: list[Region] = []
         pair = Pair(own, attached, answer, client, address)
         with self._lock:
@@ -357,7 +364,7 @@ def link_groups(device: Device) -> LinkGroups:
     with _by_device_lock:
         groups = _by_device.get(device)
         if groups is None:
-            groups = _by_device[device] = LinkGroups()
+            groups = _by_device[device] = LinkGroups(keeps=device.atomic)
         return groups
 
 

@@ -68,8 +68,10 @@ class DmaTable(Generic[V]):
     def within(self, address: int, size: int) -> list[DmaEntry[V]]:
         """The maps that an unmap of this range ends: those inside it; none is fine, as for kernel VFIO's type1 v2.
 
-        Raises: VfioUserError (EINVAL): an end of the range cuts a map in two.
+        Raises: VfioUserError (EINVAL): the range is empty, or an end of it cuts a map in two.
         """
+        if size <= 0:
+            raise VfioUserError(errno.EINVAL, f"unmap of {size} bytes at {address:#x}")
         end = address + size
         first = bisect.bisect_left(self._starts, address)
         beyond = bisect.bisect_left(self._starts, end)

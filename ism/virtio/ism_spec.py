@@ -41,6 +41,8 @@ class IsmFeature(IntEnum):
     DIRECTORY = 16
     """The device knows who listens where: class DIRECTORY, events CLAIMED and START."""
     RECLAIM = 17
+    TRAPPED = 18
+    """Accesses to regions are messages: whole loads and stores, but no atomic read-modify-write."""
 
 
 class Config(Struct, size=32):

@@ -383,7 +383,7 @@ def test_modprobe_is_run_and_its_complaint_is_told(tmp_path: Path, monkeypatch: 
     program = tmp_path / "modprobe"
     program.write_text('#!/bin/sh\necho "$1" > "$0.asked"\n[ "$1" = good ] || { echo "no $1" >&2; exit 1; }\n')
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(pci_sysfs, "_MODPROBE_PLACES", str(tmp_path))
     assert Sysfs().load_module("good") is None
     assert program.with_name("modprobe.asked").read_text() == "good\n"
     assert Sysfs().load_module("bad") == "no bad"

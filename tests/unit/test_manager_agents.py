@@ -33,6 +33,7 @@ from manager_rig import (
 from ism.device.contract import AreaOf
 from ism.driver.device import Device
 from ism.driver.directory import FourTuple
+from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import DeviceGoneError, QuotaError, TransportError
 from ism.ids import WindowOffset
 from ism.manager.agents import MAX_KEPT
@@ -43,7 +44,7 @@ from ism.vfio_user.errors import VfioUserError
 from ism.vfio_user.fds import Fd
 from ism.vfio_user.map_channel_wire import REPLY, Packet, PacketType
 from ism.vfio_user.payloads import RegionFlag
-from ism.virtio.ism_spec import Ack, EventType
+from ism.virtio.ism_spec import Ack, EventType, IsmFeature
 from ism.virtio.pci import CommonCfg
 
 HELLO, MAP, UNMAP = PacketType.HELLO, PacketType.MAP, PacketType.UNMAP
@@ -767,3 +768,20 @@ async def test_status_says_that_a_client_with_an_agent_maps(tmp_path: Path) -> N
         shown = {device["devid"]: device["client"]["maps"] for device in running.status()["domains"][0]["devices"]}
         assert sorted(shown.values()) == [False, True]
         await close(vm, trapped)
+
+
+async def test_only_a_client_that_maps_nothing_is_told_that_its_window_is_trapped(tmp_path: Path) -> None:
+    def offers_trapped(client: Client) -> bool:
+        client.region_write(0, 0, bytes(4))  # device_feature_select
+        return bool(int.from_bytes(client.region_read(0, 4, 4), "little") >> IsmFeature.TRAPPED & 1)
+
+    async with manager(tmp_path) as running:
+        with await blocking(lambda: Client.connect(device_path(running))) as client:
+            assert await blocking(lambda: offers_trapped(client))
+        agent = await blocking(lambda: FakeAgent(device_path(running)))
+        with await blocking(lambda: Client.connect(device_path(running))) as client:
+            assert not await blocking(lambda: offers_trapped(client))
+        agent.close()
+        process = await blocking(lambda: Device(VfioUserTransport.connect(device_path(running))))
+        assert process.atomic
+        await blocking(process.close)

@@ -211,3 +211,18 @@ def test_no_more_than_so_many_are_kept(ended: Ended, monkeypatch: pytest.MonkeyP
     another = client.device.alloc(SIZE, grants=[(RIGHTS, server.devid)])
     client.groups.keep(server.devid, another, None)
     settle(lambda: client.own.closed and client.attached.closed)
+
+
+def test_where_an_exchange_is_not_atomic_nothing_is_kept_and_nothing_can_be_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = Ended()
+    ended.server.device.atomic = False
+    monkeypatch.setattr(ended.server, "groups", group_module.LinkGroups(keeps=ended.server.device.atomic))
+    ended.keep_both()
+    assert ended.server.own.closed
+    assert ended.server.attached.closed
+    assert not ended.server.groups.clear()
+    assert ended.server.groups.take_offer(FROM, CONNECTION) is None
+    for side in (ended.client, ended.server):
+        side.device.close()

@@ -216,12 +216,37 @@ async def test_an_unmap_ends_every_map_inside_its_range_and_cuts_none() -> None:
         for address in (0x1000, 0x2000, 0x4000):
             await it.raw.call(Command.DMA_MAP, dma_map(address))
         await it.raw.call(Command.DMA_MAP, dma_map(0x8000, 0x2000))
-        for address, size in ((0, 0x9000), (0x9000, 0x1000), (0x8000, 0x1000)):
+        for address, size in ((0, 0x9000), (0x9000, 0x1000), (0x8000, 0x1000), (0x1000, 0)):
             assert await it.raw.refused(Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 0, address, size)) == errno.EINVAL
         assert len(it.connection.dma_maps) == 4
         whole = await it.raw.call(Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 0, 0, 0x8000))
         assert bytes(whole.payload) == struct.pack("<IIQQ", 24, 0, 0, 0x3000)
         assert [entry.address for entry in it.connection.dma_maps] == [0x8000]
+
+
+async def test_others_run_while_one_unmap_ends_very_many_maps() -> None:
+    async with served() as it:
+        count = 20_000
+        for number in range(count):
+            it.connection.dma_maps.add(number * 4096, 4096, None)
+        done = trio.Event()
+        turns = 0
+
+        async def turn() -> None:
+            nonlocal turns
+            while not done.is_set():
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turn)
+            before = turns
+            answer = await it.raw.call(Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 0, 0, count * 4096))
+            assert bytes(answer.payload) == struct.pack("<IIQQ", 24, 0, 0, count * 4096)
+            assert turns - before > 10
+            done.set()
+        assert len(it.connection.dma_maps) == 0
+        assert it.device.log.count(("dma_unmap", 4096, 4096)) == 1
 
 
 @pytest.mark.parametrize("flags", [0x2, 0x20, 0x40, 0x1000_0000])
@@ -357,7 +382,7 @@ async def test_dma_maps_are_kept_apart_and_unmapped_one_or_all() -> None:
         nothing = struct.pack("<IIQQ", 24, 0, 0x1000, 0)
         assert bytes((await it.raw.call(Command.DMA_UNMAP, unmap)).payload) == nothing
         await it.raw.call(Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 2, 0, 0))
-        assert it.device.log[-3:] == [("dma_unmap", a, 4096) for a in (0x1000, 0x4000, 0x6000)]
+        assert it.device.log[-3:] == [("dma_unmap", a, 4096) for a in (0x1000, 0x6000, 0x4000)]
         assert len(it.connection.dma_maps) == 0
 
 

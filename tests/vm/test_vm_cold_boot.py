@@ -43,7 +43,7 @@ def test_a_guest_boots_on_what_qemu_args_prints_and_drives_the_device_by_uio_wit
     with pytest.raises(InGuestError, match="ISM_ALLOW_NO_IOMMU"):
         GuestDriver(guest, f"uio:{bdf}")
     other = GuestDriver(lab.add("b"))
-    for name in (f"uio:{bdf}", f"uio:{bdf},poll"):
+    for name in (f"uio:{bdf}", f"uio:{bdf},intx"):
         driver = GuestDriver(guest, name, {"ISM_ALLOW_NO_IOMMU": "1"})
         token = driver.alloc("shared", 65536)
         driver.grant("shared", SHARED, other.devid)
