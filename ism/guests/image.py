@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ism.guests import inside
-from ism.guests.packages import BACKPORTS, SUITE, Apt, Deb
+from ism.guests.packages import BACKPORTS, SUITE, Apt, Deb, unreachable
 from ism.guests.store import Progress, SetupError, Store, key_of
 
 _QEMU: Final = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
@@ -31,7 +31,8 @@ GUEST: Final = (
 )  # fmt: skip
 KERNEL: Final = f"linux-image-cloud-amd64/{SUITE}"
 PYTHON: Final = "3.13"
-WHEELS: Final = ("numba==0.68.1", "numpy==2.4.6", "trio==0.35.0", "click==8.5.1", "rich==15.0.0", "msgspec==0.22.0")
+WHEELS: Final = Path(__file__).with_name("wheels.txt")
+"""The guest's Python packages, with their hashes."""
 _PLATFORMS: Final = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 NUMBA: Final = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": "/var/cache/numba"}
@@ -140,7 +141,9 @@ def prepare(store: Store, progress: Progress, *, refresh: bool = False) -> Image
     Raises: SetupError.
     """
     plan = _plan(store, progress, refresh=refresh)
-    recipe = key_of(TOOLS, GUEST, KERNEL, WHEELS, _FIRST_INIT, _INIT, _COMMAND, _SMALL_COMMANDS, NUMBA, _source())
+    recipe = key_of(
+        TOOLS, GUEST, KERNEL, WHEELS.read_text(), _FIRST_INIT, _INIT, _COMMAND, _SMALL_COMMANDS, NUMBA, _source()
+    )
     tools_key = key_of(TOOLS, plan["tools"])
     key = key_of(recipe, plan)
     builder = _Builder(store, progress, plan)
@@ -208,7 +211,7 @@ class _Builder:
             self._progress(f"{part}: package files are gone, fetching them again")
             apt.update()
             if part == "kernel":
-                apt.fetch_alone(debs[0].package)
+                apt.fetch_alone(debs[0].package, debs[0].version)
             else:
                 apt.fetch(TOOLS if part == "tools" else GUEST)
         place.mkdir(exist_ok=True)
@@ -291,11 +294,11 @@ class _Builder:
         argv = [
             sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
             "--retries", "5", "--timeout", "60", "--only-binary=:all:", "--python-version", PYTHON, *tags,
-            "--target", str(site), *WHEELS,
+            "--require-hashes", "--no-deps", "--target", str(site), "--requirement", str(WHEELS),
         ]  # fmt: skip
         for attempt in range(3):
             try:
-                _run(argv, "Python packages", fetching=True)
+                _run(argv, "Python packages")
                 return
             except SetupError:
                 if attempt == 2:
@@ -358,11 +361,12 @@ def compile_python(root: Path, folder: Path, guest_folder: str) -> None:
     _run(python, "compiling Python files", PYTHONHOME=str(root / "usr"))
 
 
-def _run(argv: Sequence[str], step: str, *, fetching: bool = False, **environment: str) -> None:
+def _run(argv: Sequence[str], step: str, **environment: str) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise SetupError(step, lines[-1] if lines else f"{argv[0]} ended with {done.returncode}", fetching=fetching)
+        said = done.stderr.strip() or done.stdout.strip()
+        last = said.splitlines()[-1] if said else f"{argv[0]} ended with {done.returncode}"
+        raise SetupError(step, last, fetching=unreachable(said))
 
 
 def _write(path: Path, text: str, mode: int) -> None:

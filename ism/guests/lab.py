@@ -33,6 +33,7 @@ from ism.guests.payload import load, options, payload, plug
 from ism.guests.snapshot import boot, furnished_state, restore, saved_state
 from ism.guests.store import Progress, Store, silent
 from ism.vmm.agent import agent_library
+from ism.vmm.qemu import escaped
 
 Network = Literal["none", "pair", "bridge"]
 HOST_ADDRESS: Final = "10.77.0.254"
@@ -300,7 +301,7 @@ class Lab:
 
     def _netdev(self, number: int) -> list[str]:
         if self.network == "pair":
-            path = self.folder / "wire.sock"
+            path = escaped(str(self.folder / "wire.sock"))
             server = "on" if number == 1 else "off"
             return ["-netdev", f"stream,id=net0,server={server},addr.type=unix,addr.path={path}"]
         if self.network == "bridge":

@@ -22,6 +22,7 @@ from typing import Any, Final
 from ism.errors import IsmError
 from ism.guests.image import Image
 from ism.guests.qmp import Qmp, QmpError
+from ism.vmm.qemu import escaped
 
 PORTS: Final = {"ism0": "256M", "ism1": "256M", "nic0": "4M", "disk0": "4M"}
 """Root ports by name, and how much address space behind each is kept for the BARs of what is plugged in later."""
@@ -74,7 +75,7 @@ class Hardware:
         options = [
             *([] if self.command else memory), *cpu, "-smp", str(self.vcpus),
             "-nodefaults", "-nographic", "-no-user-config", *iommu,
-            "-drive", f"if=none,id=root0,format=raw,readonly=on,file={image.disk}",
+            "-drive", f"if=none,id=root0,format=raw,readonly=on,file={escaped(str(image.disk))}",
             "-device", "virtio-blk-pci,drive=root0,disable-legacy=on",
             "-kernel", str(image.kernel), "-initrd", str(image.ramdisk), "-append", append,
             "-device", "virtio-serial-pci,id=serial0",
@@ -106,10 +107,10 @@ class Machine:
         arguments: list[str | Path] = [
             "-L", tools / "usr/share/qemu", "-L", tools / "usr/share/seabios",
             *hardware.options(image),
-            "-name", name, "-serial", f"file:{folder / 'console.log'}",
-            "-chardev", f"socket,id=command0,path={self.command_socket},server=on,wait=off",
+            "-name", name, "-serial", f"file:{escaped(str(folder / 'console.log'))}",
+            "-chardev", f"socket,id=command0,path={escaped(str(self.command_socket))},server=on,wait=off",
             "-device", "virtserialport,bus=serial0.0,chardev=command0,name=ism.command",
-            "-qmp", f"unix:{qmp_socket},server=on,wait=off",
+            "-qmp", f"unix:{escaped(str(qmp_socket))},server=on,wait=off",
             *hardware.devices, *(["-incoming", "defer"] if state else []),
         ]  # fmt: skip
         self.argv = [*hardware.wrapper, *image.tools.command("usr/bin/qemu-system-x86_64", *arguments)]

@@ -27,7 +27,16 @@ _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _MIRROR: Final = "http://deb.debian.org/debian"
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+)")
 _TRIES: Final = 3
+_UNREACHABLE: Final = re.compile(
+    "resolv|connect|timed? ?out|unreachable|refused|reset|Failed to fetch|Temporary failure|Service Unavailable", re.I
+)
+"""How apt and pip speak of a network or a registry that is not there; everything else is an error of the recipe."""
 _LINKS: Final = ("bin", "lib", "lib64", "sbin")
+
+
+def unreachable(said: str) -> bool:
+    """Tell whether what a program said before it failed means that the network, or a registry, is not there."""
+    return _UNREACHABLE.search(said) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +65,9 @@ class Apt:
         self._progress = progress
         for tool in ("apt-get", "apt-cache", "dpkg-deb", "tar"):
             if shutil.which(tool) is None:
-                raise SetupError("packages", f"there is no {tool}: guests are made from Debian's packages, on Debian")
+                raise SetupError("packages", f"there is no {tool}: guests are made on Debian", fetching=True)
         if not Path(_KEYRING).exists():
-            raise SetupError("packages", f"no {_KEYRING}: apt-get install debian-archive-keyring")
+            raise SetupError("packages", f"no {_KEYRING}: apt-get install debian-archive-keyring", fetching=True)
         for part in ("state/lists/partial", "lists/partial", "cache/archives/partial"):
             (self._folder / part).mkdir(parents=True, exist_ok=True)
         (self._folder / "status").touch()
@@ -73,22 +82,25 @@ class Apt:
             "Dir::State::lists": folder / "lists",
             "Dir::Cache": folder / "cache",
             "Dir::Etc::sourcelist": folder / "sources.list",
-            "Dir::Etc::sourceparts": "-",
-            "Dir::Etc::main": "-",
-            "Dir::Etc::parts": "-",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::Etc::main": "/dev/null",
+            "Dir::Etc::parts": "/dev/null",
             "APT::Architecture": ARCHITECTURE,
             "APT::Architectures": ARCHITECTURE,
             "APT::Sandbox::User": "root",
+            "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
             "Acquire::http::Timeout": "60",
         }
-        self._options = [text for key, value in values.items() for text in ("-o", f"{key}={value}")]
+        # A file, not options: the host's own files, with their hooks, are read before options count.
+        self._config = folder / "apt.conf"
+        self._config.write_text("".join(f'{key} "{value}";\n' for key, value in values.items()))
 
     def update(self) -> None:
         """Fetch the lists. Raises SetupError(fetching)."""
         self._progress("package lists")
-        self._run(["apt-get", *self._options, "-qq", "update"], "package lists", tries=_TRIES)
+        self._run(["apt-get", "-qq", "update"], "package lists", tries=_TRIES)
 
     def resolve(self, packages: Sequence[str]) -> tuple[Deb, ...]:
         """Name the packages and everything they need, nothing taken as installed; `name/suite` as apt has it.
@@ -96,14 +108,12 @@ class Apt:
         Raises: SetupError.
         """
         out = self._run(
-            ["apt-get", *self._options, "-y", "-qq", "--print-uris", "--no-install-recommends", "install", *packages],
+            ["apt-get", "-y", "-qq", "--print-uris", "--no-install-recommends", "install", *packages],
             "packages",
         )
         found = [match[2] for line in out.splitlines() if (match := _URI.match(line))]
         # Files that are fetched already are not printed; a simulation names everything.
-        plan = self._run(
-            ["apt-get", *self._options, "-y", "-s", "--no-install-recommends", "install", *packages], "packages"
-        )
+        plan = self._run(["apt-get", "-y", "-s", "--no-install-recommends", "install", *packages], "packages")
         versions = dict(re.findall(r"^Inst (\S+) \(([^ ]+) ", plan, re.MULTILINE))
         known = {Deb(name).package for name in found}
         for package, version in versions.items():
@@ -115,26 +125,27 @@ class Apt:
         """Fetch the package files of `packages` and all they need. Raises SetupError(fetching)."""
         self._run(
             [
-                "apt-get", *self._options, "-y", "-qq", "--download-only", "--no-install-recommends",
+                "apt-get", "-y", "-qq", "--download-only", "--no-install-recommends",
                 "install", *packages,
             ],
             "packages",
             tries=_TRIES,
         )  # fmt: skip
 
-    def fetch_alone(self, package: str) -> Deb:
+    def fetch_alone(self, package: str, version: str = "") -> Deb:
         """Fetch one package without what it needs. Raises SetupError(fetching)."""
         archives = self._folder / "cache" / "archives"
-        self._run(["apt-get", *self._options, "-qq", "download", package], package, tries=_TRIES, cwd=archives)
+        wanted = f"{package}={version}" if version else package
+        self._run(["apt-get", "-qq", "download", wanted], package, tries=_TRIES, cwd=archives)
         files = sorted(archives.glob(f"{package}_*.deb"), key=lambda file: file.stat().st_mtime)
         if not files:
-            raise SetupError("packages", f"apt fetched no file for {package}", fetching=True)
+            raise SetupError("packages", f"apt fetched no file for {package}")
         return Deb(files[-1].name)
 
     def depends(self, package: str) -> str:
         """Name the first package that `package` (`name/suite` allowed) depends on. Raises SetupError."""
         name, _, suite = package.partition("/")
-        out = self._run(["apt-cache", *self._options, "show", name], package)
+        out = self._run(["apt-cache", "show", name], package)
         wanted = self._version_in(name, suite or SUITE)
         for stanza in out.split("\n\n"):
             version = re.search(r"^Version: (\S+)", stanza, re.MULTILINE)
@@ -160,22 +171,27 @@ class Apt:
                 raise SetupError("unpack", f"{file.name}: {taken.stderr.decode(errors='replace').strip()[:200]}")
 
     def _version_in(self, package: str, suite: str) -> str:
-        out = self._run(["apt-cache", *self._options, "madison", package], package)
+        out = self._run(["apt-cache", "madison", package], package)
         for line in out.splitlines():
             columns = [column.strip() for column in line.split("|")]
             if len(columns) == 3 and f" {suite}/" in columns[2]:
                 return columns[1]
-        raise SetupError("packages", f"there is no {package} in {suite}", fetching=True)
+        raise SetupError("packages", f"there is no {package} in {suite}")
 
     def _file_there(self, package: str, version: str) -> str:
         stem = f"{package.partition(':')[0]}_{version.replace(':', '%3a')}_"
         for file in (self._folder / "cache" / "archives").glob("*.deb"):
             if file.name.startswith(stem):
                 return file.name
-        raise SetupError("packages", f"apt names no file for {package} {version}", fetching=True)
+        raise SetupError("packages", f"apt names no file for {package} {version}")
 
     def _run(self, argv: Sequence[str | Path], what: str, *, tries: int = 1, cwd: Path | None = None) -> str:
-        environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+        environment = {
+            **os.environ,
+            "LC_ALL": "C",
+            "DEBIAN_FRONTEND": "noninteractive",
+            "APT_CONFIG": str(self._config),
+        }
         for attempt in range(tries):
             done = subprocess.run(
                 argv, capture_output=True, text=True, check=False, env=environment, cwd=cwd or self._folder
@@ -184,5 +200,10 @@ class Apt:
                 return done.stdout
             if attempt + 1 < tries:
                 self._progress(f"{what}: trying again")
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise SetupError(what, lines[-1] if lines else f"{argv[0]} ended with {done.returncode}", fetching=True)
+        said = (done.stderr or done.stdout).strip()
+        lines = said.splitlines()
+        raise SetupError(
+            what,
+            lines[-1] if lines else f"{argv[0]} ended with {done.returncode}",
+            fetching=unreachable(said),
+        )

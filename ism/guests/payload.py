@@ -20,6 +20,7 @@ import ism
 from ism.guests.guest import Guest
 from ism.guests.image import NUMBA, PYTHON, Image, compile_python, make_erofs
 from ism.guests.store import Progress, SetupError, Store, key_of
+from ism.vmm.qemu import escaped
 
 FOLDER: Final = "/opt/ism"
 """Where the guest mounts it."""
@@ -98,7 +99,7 @@ def load(guest: Guest) -> None:
 def options(disk: Path) -> list[str]:
     """Return QEMU's options for a machine that has had the disk when its state was saved."""
     return [
-        "-blockdev", f"driver=raw,node-name={_NODE},read-only=on,file.driver=file,file.filename={disk}",
+        "-blockdev", f"driver=raw,node-name={_NODE},read-only=on,file.driver=file,file.filename={escaped(str(disk))}",
         "-device", f"virtio-blk-pci,id=project,bus=disk0,drive={_NODE}",
     ]  # fmt: skip
 
@@ -113,10 +114,12 @@ def _compile(image: Image, source: Path, place: Path, progress: Progress) -> Non
     place.mkdir()
     root = image.root
     script = (
-        'mount --bind "$1" "$2/opt/ism" && mount --bind "$3" "$2/var/cache/numba" && mount -t proc proc "$2/proc" && '
-        'mount --bind /dev "$2/dev" && exec chroot "$2" /usr/bin/python3 -B -c "$4"'
+        'mount --bind "$1" "$2/opt/ism" && mount --bind "$3" "$2/var/cache/numba" && mount -t tmpfs dev "$2/dev" && '
+        'for name in null urandom; do : > "$2/dev/$name" && mount --bind "/dev/$name" "$2/dev/$name"; done && '
+        'exec chroot "$2" /usr/bin/python3 -B -c "$4"'
     )
-    enter = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user", "--pid", "--fork"])]
+    # What runs there was downloaded: it gets no right, no process and no device of the host, root's command or not.
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net", "--ipc"]
     argv: Sequence[str | Path] = [*enter, "sh", "-c", script, "sh", source, root, place, _COMPILE]
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "PYTHONPATH": FOLDER, "LANG": "C.UTF-8", **NUMBA}
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ism.errors import IsmError
+from ism.paths import make_folders, untrusted
 
 
 class SetupError(IsmError):
@@ -55,9 +56,16 @@ class Store:
         """Raises SetupError when the folder cannot be made."""
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+            make_folders(folder.absolute())
+            changeable = untrusted(folder)
         except OSError as exc:
             raise SetupError("cache", f"{folder}: {exc.strerror}; name another folder in ISM_VM_CACHE") from exc
+        if changeable is not None:
+            raise SetupError(
+                "cache",
+                f"{folder} is not safe: {changeable} belongs to somebody else, or others may write to it, and what is "
+                "in the cache is run. Name another folder in ISM_VM_CACHE",
+            )
 
     @classmethod
     def default(cls) -> Store:
@@ -98,10 +106,15 @@ class Store:
 
     def prune(self, prefix: str, keep: int) -> None:
         """Remove all but the `keep` entries used last whose names begin with `prefix`."""
-        entries = sorted(self.folder.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in entries[keep:]:
+        used: list[tuple[float, Path]] = []
+        for path in self.folder.glob(f"{prefix}*"):
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                used.append((path.stat().st_mtime, path))
+        for _, path in sorted(used, reverse=True)[keep:]:
+            litter = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=self.folder))
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(litter / "old")  # gone as a whole, before a part of it is
+            shutil.rmtree(litter, ignore_errors=True)
 
     def _remove_litter(self, name: str) -> None:
         for left in self.folder.glob(f".{name}.*"):

@@ -248,6 +248,10 @@ static int do_map(struct channel *channel, const struct packet *request, int fd)
     struct stat status;
     if (fstat(fd, &status))
         return errno;
+    /* The device of the placeholder is that of all memory files with pages of the normal size: others may be sealed too,
+       and still have no page for an access. */
+    if (status.st_dev != channel->device)
+        return EPERM;
     if (status.st_size < 0 || file_offset + length > (uint64_t)status.st_size)
         return EINVAL;
     char *const at = channel->base + request->offset;

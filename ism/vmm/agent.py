@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from ism.paths import make_folders, untrusted
 from ism.vmm.errors import AgentBuildError
 
 SOURCE: Final = Path(__file__).with_name("agent.c")
@@ -54,13 +55,14 @@ def agent_library(cache_dir: Path | None = None) -> Path:
             "XDG_CACHE_HOME"
         )
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if not _is_private(directory, stat.S_IFDIR):
+        make_folders(directory)
+        changeable = untrusted(directory)
+        if changeable is not None:
             raise AgentBuildError(
-                f"the map agent's cache {directory} belongs to somebody else, or others may write to it; chmod go-w "
-                "it, or name another one with XDG_CACHE_HOME"
+                f"the map agent's cache {directory} is not safe: {changeable} belongs to somebody else, or others may "
+                "write to it; chmod go-w it, or name another one with XDG_CACHE_HOME"
             )
-        if not _is_private(result, stat.S_IFREG):
+        if not _is_private(result):
             _build(source, result)
     except OSError as error:
         raise AgentBuildError(
@@ -77,13 +79,13 @@ def _default_cache() -> Path:
     return base / "ism"
 
 
-def _is_private(path: Path, kind: int) -> bool:
-    """Whether it is there, of this kind, the caller's, and nobody else may write to it."""
+def _is_private(path: Path) -> bool:
+    """Whether it is there, a file, the caller's, and nobody else may write to it."""
     try:
-        found = path.stat() if kind == stat.S_IFDIR else path.lstat()
+        found = path.lstat()
     except FileNotFoundError:
         return False
-    return stat.S_IFMT(found.st_mode) == kind and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
 
 
 def _compiler() -> list[str]:
