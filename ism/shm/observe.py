@@ -28,8 +28,10 @@ from ism.shm.state import (
     LIE_HIGHEST,
     LIE_LOWEST,
     LIE_OBSERVED,
+    OTHER_KERNEL,
     PEER_CONSUMER,
     PEER_FLAGS,
+    PEER_KERNEL,
     PEER_PRODUCER,
     POISONED,
     RX_BYTES,
@@ -82,8 +84,9 @@ def greet(state: Any) -> int:
     ring_bytes = load_acquire_u64(header + RING_BYTES)
     if ring_bytes != get(state, RX_BYTES):
         return lie(state, RING_BYTES, ring_bytes, get(state, RX_BYTES), get(state, RX_BYTES))
-    mine = get(state, KERNEL)
-    put(state, SAME_KERNEL, 1 if mine != 0 and load_acquire_u64(header + KERNEL_ID) == mine else 0)
+    mine, theirs = get(state, KERNEL), load_acquire_u64(header + KERNEL_ID)
+    if mine != 0 and theirs != 0:
+        put(state, PEER_KERNEL, SAME_KERNEL if theirs == mine else OTHER_KERNEL)
     put(state, HELLO_SEEN, 1)
     return 0
 

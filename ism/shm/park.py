@@ -37,8 +37,10 @@ from ism.shm.state import (
     FATE,
     MAX_SPIN_NS,
     MY_CPU,
+    OTHER_KERNEL,
     PEER_CONSUMER,
     PEER_FLAGS,
+    PEER_KERNEL,
     PEER_PRODUCER,
     READER_RUNG,
     READER_SLEEP,
@@ -66,6 +68,8 @@ _SHORTEST_SPIN_NS = 2_000
 """A budget that fell below this buys nothing: a cache line alone can take 500 ns each way."""
 _FIRST_BACKOFF, _LAST_BACKOFF = 16, 1024
 """Waits without a spin before the next trial, doubled after each trial that failed."""
+FAR_SPIN_FACTOR = 4
+"""How much longer a spin may be when the peer is behind another kernel."""
 _POLLS_PER_CLOCK = 16
 _NO_MORE_ROOM = int(Flags.CLOSED | Flags.ABNORMAL_CLOSE)
 """Flags after which the peer never reads again, so that waiting for room is in vain."""
@@ -210,17 +214,28 @@ def announce_cpu(state: Any) -> int:
 
 
 @helper
+def _longest_ns(state: Any) -> int:
+    """The longest spin: longer for a peer behind another kernel, whom it takes a trap and an interrupt to wake.
+
+    The peer says which kernel it is behind. One that lies gets this side to spin in vain that long, until it learns.
+    """
+    longest = get(state, MAX_SPIN_NS)
+    return FAR_SPIN_FACTOR * longest if get(state, PEER_KERNEL) == OTHER_KERNEL else longest
+
+
+@helper
 def _granted_ns(state: Any, base: int) -> int:
     """How long this wait may spin: 0 when it cannot help."""
-    longest = get(state, MAX_SPIN_NS)
+    longest = _longest_ns(state)
     if longest == 0:
         return 0
     cpu = announce_cpu(state)
     peer = load_relaxed_u32(get(state, RX_HEADER) + CPU)
-    same_kernel = get(state, SAME_KERNEL) != 0
-    if same_kernel and peer == cpu + 1:
+    kernel = get(state, PEER_KERNEL)
+    if kernel == SAME_KERNEL and peer == cpu + 1:
         return 0  # the peer cannot run while this thread spins
-    if get(state, ALONE) != 0 and not (same_kernel and peer != 0):
+    elsewhere = kernel == OTHER_KERNEL or (kernel == SAME_KERNEL and peer != 0)
+    if get(state, ALONE) != 0 and not elsewhere:
         return 0  # one CPU, and the peer is not known to be on another
     budget = get(state, base + SPIN_BUDGET_NS)
     if budget > 0:
@@ -233,7 +248,7 @@ def _granted_ns(state: Any, base: int) -> int:
 @helper
 def _adapt(state: Any, base: int, granted: int, won: bool) -> None:
     if won:
-        put(state, base + SPIN_BUDGET_NS, get(state, MAX_SPIN_NS))
+        put(state, base + SPIN_BUDGET_NS, _longest_ns(state))
         put(state, base + SPIN_BACKOFF, _FIRST_BACKOFF)
         return
     was_trial = get(state, base + SPIN_BUDGET_NS) == 0

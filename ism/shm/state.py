@@ -23,7 +23,7 @@ from ism.shm.jit import intrinsic, numba_types
 RX_HEADER, TX_HEADER = 0, 1
 FATE, LIE_FIELD, LIE_OBSERVED, LIE_LOWEST, LIE_HIGHEST = 2, 3, 4, 5, 6
 HELLO_SEEN, PEER_FLAGS, MY_FLAGS = 7, 8, 9
-MAX_SPIN_NS, KERNEL, SAME_KERNEL, ALONE, MY_CPU = 10, 11, 12, 13, 14
+MAX_SPIN_NS, KERNEL, PEER_KERNEL, ALONE, MY_CPU = 10, 11, 12, 13, 14
 # sending
 TX_RING, TX_BYTES, PRODUCER, PEER_CONSUMER, TX_BUSY = 16, 17, 18, 19, 20
 RESERVED, WRITER_SLEEP, READER_RUNG, TX_SPIN = 21, 22, 23, 24
@@ -35,6 +35,9 @@ WORDS = 48
 
 # words of one spin budget, counted from TX_SPIN or RX_SPIN
 SPIN_BUDGET_NS, SPIN_SKIP, SPIN_BACKOFF = 0, 1, 2
+
+# values of PEER_KERNEL: whether the peer's threads are scheduled by the kernel that schedules ours
+UNKNOWN_KERNEL, SAME_KERNEL, OTHER_KERNEL = 0, 1, 2
 
 # values of FATE
 ALIVE, POISONED, SHUT = 0, 1, 2

@@ -36,7 +36,7 @@ from ism.smc.link import Link, Stage
 from ism.smc.policy import Policy
 from ism.smc.relay import Relay
 from ism.smc.rendezvous import Fallback, Publication, connect_steps, no_device
-from ism.smc.trio_wait import LinkWaiter, Sleeper, Waker, default_device, run_steps
+from ism.smc.trio_wait import LinkWaiter, Sleeper, Turns, Waker, default_device, run_steps
 
 ELSEWHERE = Fallback(Diagnosis.CNFERR, "the connection was not made by this socket")
 DUPLICATED = Fallback(Diagnosis.OPTUNSUPP, "the descriptor was duplicated")
@@ -73,7 +73,7 @@ class TrioChannel:
     Attributes: `tcp` (trio's socket), `policy`, `device` (None: the process's), `link`, `fallback` (why there is no
     link), `connection` (once a task knows it), `is_tcp` (a task knows that it is TCP, in both directions), `plain` (it
     is never to be anything else), `relay` (behind the descriptor, once that was given away), `closed`, `write_ended`,
-    `read_ended` (shut down here).
+    `read_ended` (shut down here), `receive_turns`, `send_turns` (when calls yield).
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class TrioChannel:
         self.relay: Relay | None = None
         self._sleeper = Sleeper()
         self._receiving = self._sending = False
+        self.receive_turns, self.send_turns = Turns(), Turns()
         if policy.mode != "off":
             monitor.track(self)
 
@@ -248,6 +249,15 @@ class TrioChannel:
         return self.connection
 
     @property
+    def amortise_checkpoints(self) -> bool:
+        """Whether calls over shared memory yield only once in a while."""
+        return self.receive_turns.amortised
+
+    @amortise_checkpoints.setter
+    def amortise_checkpoints(self, wanted: bool) -> None:
+        self.receive_turns.amortised = self.send_turns.amortised = wanted
+
+    @property
     def undecided(self) -> bool:
         """Whether it is not known yet how bytes travel."""
         return self.link is not None and not self.link.settled
@@ -295,6 +305,7 @@ class TrioChannel:
             self._receiving = True
             try:
                 await self._sleeper.sleep(connection)
+                self.receive_turns.slept()
             finally:
                 self._receiving = False
                 connection.awake(writer=False)
@@ -308,6 +319,7 @@ class TrioChannel:
         self._sending = True
         try:
             await self._sleeper.sleep(connection)
+            self.send_turns.slept()
         finally:
             self._sending = False
             connection.awake(writer=True)

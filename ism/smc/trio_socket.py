@@ -292,7 +292,7 @@ class SmcSocket(trio.socket.SocketType):
             while not (sent := connection.send(data)) and size:
                 await self.channel.wait_writable(connection)
         finally:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            await self.channel.send_turns.over()
         return sent
 
     async def _send_urgent(self, connection: Connection, data: Any) -> int:
@@ -363,7 +363,7 @@ class SmcSocket(trio.socket.SocketType):
             while (result := attempt()) is None:
                 await self.channel.wait_readable(connection)
         finally:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            await self.channel.receive_turns.over()
         return result
 
     async def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:

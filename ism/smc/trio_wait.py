@@ -24,6 +24,8 @@ from ism.smc.link import Link
 from ism.smc.rendezvous import COMMAND_WAIT_S
 
 _POLL_S = 0.005
+TURN_S = 0.0001
+"""How long a task may go on, with amortised checkpoints, before others run."""
 T = TypeVar("T")
 
 
@@ -79,6 +81,39 @@ async def run_steps(steps: Generator[Command, None, T]) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+
+class Turns:
+    """When a task that has moved bytes lets others run: after each call, or once in a while.
+
+    Trio's rule is that every call yields, which costs more than the call. With `amortised` a call still sees
+    cancellation, but yields only when the task has run for `TURN_S`; a call that slept has yielded anyway.
+    Attributes: `amortised`.
+    """
+
+    __slots__ = ("_ends_s", "_slept", "amortised")
+
+    def __init__(self) -> None:
+        self.amortised = self._slept = False
+        self._ends_s = 0.0
+
+    def slept(self) -> None:
+        """Note that the task has slept: others have run."""
+        self._slept = True
+
+    async def over(self) -> None:
+        """Yield, if it is time to. Never raises Cancelled."""
+        if self._slept:
+            self._slept = False
+        elif not self.amortised:
+            return await trio.lowlevel.cancel_shielded_checkpoint()
+        elif time.perf_counter() < self._ends_s:
+            return None
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        if self.amortised:
+            self._ends_s = time.perf_counter() + TURN_S
+        return None
 
 
 class LinkWaiter:

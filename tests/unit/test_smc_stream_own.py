@@ -254,3 +254,82 @@ def test_a_default_device_that_was_lost_is_closed_once_nothing_holds_its_regions
     default.close_default()
     assert third.transport is opened[2][0]
     assert not default._retired
+
+
+async def turns_of_others(rig: SmcRig, calls: int) -> int:
+    """Send and receive without ever having to wait; count how often another task runs meanwhile."""
+    client, server = await rig.pair()
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with client, server, trio.open_nursery() as nursery:
+        client.amortise_checkpoints = server.amortise_checkpoints = True
+        await client.send_all(b"x")  # a turn begins when one has ended
+        await server.receive_some()
+        nursery.start_soon(count)
+        for _ in range(calls):
+            await client.send_all(b"x")
+            await server.receive_some()
+        nursery.cancel_scope.cancel()
+    return turns
+
+
+@bounded
+async def test_with_amortised_checkpoints_other_tasks_run_only_when_a_turn_is_over(
+    rig: SmcRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ism.smc.trio_wait.TURN_S", 3600)
+    assert await turns_of_others(rig, 50) == 0
+    monkeypatch.setattr("ism.smc.trio_wait.TURN_S", 0)
+    assert await turns_of_others(rig, 50) >= 90
+
+
+@bounded
+async def test_with_amortised_checkpoints_every_call_still_sees_cancellation(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    async with client, server:
+        client.amortise_checkpoints = server.amortise_checkpoints = True
+        await client.send_all(b"there")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await server.receive_some()
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.send_all(b"not sent")
+        assert scope.cancelled_caught
+        assert await server.receive_some() == b"there"
+
+
+@bounded
+async def test_streams_take_the_option_when_they_are_opened_and_accepted(rig: SmcRig) -> None:
+    async with await rig.listen(amortise_checkpoints=True) as listener:
+        async with await rig.connect(listener.socket.getsockname()[1], amortise_checkpoints=True) as client:
+            async with await listener.accept() as server:
+                assert client.amortise_checkpoints
+                assert server.amortise_checkpoints
+
+
+@bounded
+async def test_a_call_that_slept_is_not_made_to_wait_for_its_turn_again(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+    order: list[str] = []
+
+    async def receive() -> None:
+        order.append((await server.receive_some()).decode())
+
+    async def send() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send_all(b"came")
+
+    async with client, server:
+        with trio.testing.assert_checkpoints():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                nursery.start_soon(send)
+    assert order == ["came"]
