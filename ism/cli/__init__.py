@@ -16,11 +16,13 @@ _COMMANDS = {
     "demo": "Send a file between two processes over shared memory, and compare with TCP.",
     "devices": "List the virtio-ism PCI functions of this machine, and what each lacks for use.",
     "manager": "Run the device manager of this host.",
+    "perf": "Measure throughput and latency between two ends, as iperf3 and sockperf do.",
     "qemu-args": "Print what QEMU is started with, so that its guest has a device.",
     "run": "Run a Python program with its TCP sockets over shared memory.",
     "ss": "List connections: over shared memory, or TCP and why.",
     "status": "Show devices, regions, attachments and bytes of the running manager.",
     "unbind": "Give a virtio-ism PCI function back to the kernel.",
+    "vm": "Virtual machines of its own: set them up, a demo and measurements between two of them.",
 }
 _MODULES = {"unbind": "bind"}
 """Where a sub-command is that has no module of its own name; `-` is `_` there."""
