@@ -123,7 +123,9 @@ def run_code(code: str, argument: object) -> int:
         with open(3, "wb") as out:
             out.write(json.dumps(scope["result"]).encode())
     except SystemExit as exc:
-        status = exc.code if isinstance(exc.code, int) else 1 if exc.code else 0
+        status = exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+        if status and not isinstance(exc.code, int):
+            print(exc.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -30,8 +30,8 @@ from ism.guests.guest import Guest
 from ism.guests.image import Image, prepare
 from ism.guests.machine import Hardware, MachineError
 from ism.guests.payload import load, options, payload, plug
-from ism.guests.snapshot import boot, furnished_state, restore, saved_state
-from ism.guests.store import Progress, Store, silent
+from ism.guests.snapshot import boot, furnished_state, kvm_failed, kvm_works, restore, saved_state
+from ism.guests.store import Progress, SetupError, Store, silent
 from ism.vmm.agent import agent_library
 from ism.vmm.qemu import escaped
 
@@ -66,8 +66,16 @@ def ready(store: Store | None = None, progress: Progress = silent, *, refresh: b
     """Fetch, build and boot what is not in the cache. Raises SetupError."""
     store = store or Store.default()
     image = prepare(store, progress, refresh=refresh)
-    hardware = Hardware()
-    warm = saved_state(store, image, hardware, progress)
+    hardware = Hardware(kvm=kvm_works(store, image, progress))
+    try:
+        warm = saved_state(store, image, hardware, progress)
+    except SetupError:
+        if not hardware.kvm:
+            raise
+        progress("KVM starts a kernel, but no guest: going on without it")
+        kvm_failed(store, image)
+        hardware = Hardware()
+        warm = saved_state(store, image, hardware, progress)
     disk = payload(store, image, progress)
     furnished = furnished_state(store, image, hardware, warm, disk, progress)
     for prefix in ("furnished-", "payload-", "kernels-", "state-", "disk-", "root-", "tools-", "ramdisk-"):

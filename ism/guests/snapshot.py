@@ -7,6 +7,7 @@ the randomness, the clock and the name of every other one; `restore` gives it it
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -92,15 +93,30 @@ def boot(image: Image, hardware: Hardware, folder: Path, name: str) -> Guest:
 
 
 def kvm_works(store: Store, image: Image, progress: Progress) -> bool:
-    """Tell whether guests can run on this processor itself: start a kernel and see; remembered until a reboot."""
-    if not Path("/dev/kvm").exists():
-        return False
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    answer = store.path(f"kvm-{key_of(boot_id, image.key)}")
+    """Tell whether guests can run on this processor itself: start a kernel and see; remembered until a reboot.
+
+    ISM_VM_ACCEL says it without a trial: `kvm` or `tcg`. Raises SetupError for anything else there.
+    """
+    wanted = os.environ.get("ISM_VM_ACCEL", "")
+    if wanted not in ("", "kvm", "tcg"):
+        raise SetupError("accelerator", f"ISM_VM_ACCEL is {wanted!r}, must be kvm or tcg")
+    if wanted or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return wanted == "kvm"
+    answer = _kvm_answer(store, image)
     if not answer.exists():
         progress("trying KVM")
         answer.write_text("works" if _try_kvm(image) else "does not work")
     return answer.read_text() == "works"
+
+
+def kvm_failed(store: Store, image: Image) -> None:
+    """Remember that KVM does not work after all."""
+    _kvm_answer(store, image).write_text("does not work")
+
+
+def _kvm_answer(store: Store, image: Image) -> Path:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return store.path(f"kvm-{key_of(boot_id, image.key)}")
 
 
 def _try_kvm(image: Image) -> bool:
