@@ -38,7 +38,7 @@ from ism.vmm.qemu import escaped
 Network = Literal["none", "pair", "bridge"]
 HOST_ADDRESS: Final = "10.77.0.254"
 _DEVICE_S: Final = 30.0
-_KEPT: Final = 3
+_KEPT: Final = 2
 """Entries of a kind that the cache keeps, those used last."""
 _CONFIG: Final = """
 [manager]

@@ -116,7 +116,7 @@ def kvm_failed(store: Store, image: Image) -> None:
 
 def _kvm_answer(store: Store, image: Image) -> Path:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return store.path(f"kvm-{key_of(boot_id, image.key)}")
+    return store.path(f"kvm-{key_of(boot_id, *sorted(image.versions.items()))}")
 
 
 def _try_kvm(image: Image) -> bool:

@@ -1,2 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: the same workloads over any trio stream, so that two transports are compared on the same work."""
+"""Measuring.
+
+`ism perf`, a server and a client on two ends of anything: `parameters` (what is measured), `protocol` (what the two say
+to each other; both sans-io), `control` (the connection on which they say it), `flows` (what the threads that move bytes
+and the one that reports share), `on_blocking`, `on_trio`, `on_asyncio`, `on_view` (the bytes, by one surface each),
+`histogram`, `report`, `server`, `client`.
+
+The comparison of two transports in one run, for the demo and the benchmarks: `workloads`, `compare`, and its `far` end.
+"""

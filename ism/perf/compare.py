@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare SMC with plain TCP on the same work, in one run: rounds interleaved, ratios round by round, CPU of both ends.
 
-The far end is a process of `ism.perf.server`; this process is the near end. Both use trio with a checkpoint in every
+The far end is a process of `ism.perf.far`; this process is the near end. Both use trio with a checkpoint in every
 call. Absolute figures depend on the machine and on what else runs there; the ratios of one run are what counts.
 """
 
@@ -50,7 +50,7 @@ class Far:
 def far_end(cpu: int | None = None) -> Iterator[Far]:
     """Start the far end, on one processor if that is given, and end it afterwards. Raises ChildProcessError."""
     with subprocess.Popen(
-        [sys.executable, "-m", "ism.perf.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ism.perf.far"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             if cpu is not None:
