@@ -25,6 +25,7 @@ from ism.perf.report import describe, streams_line, summary_line
 PROGRAM: Final = f"ism perf {ism.__version__}"
 _ASK_S: Final = 10.0
 _GO_S: Final = 30.0
+_STOP_S: Final = 5.0
 _GRACE_S: Final = 30.0
 _TICK_S: Final = 1.0
 _BUSY_S: Final = 0.2
@@ -103,14 +104,16 @@ def _attend(control: Control, parameters: Parameters, run: Run, listener: socket
     """See a test through to its end. Raises PerfError, or what its threads raised."""
     idle, limit_s = Idle(run), None if parameters.seconds is None else parameters.seconds + _GRACE_S
     while not run.done:
-        message = _receive(control, time.monotonic() + _TICK_S, run, listener)
-        if isinstance(message, Stop):
+        if isinstance(_receive(control, time.monotonic() + _TICK_S, run, listener), Stop):
             run.stop()
         idle.check()
         if limit_s is not None and run.seconds() > limit_s:
             raise PerfError(f"the client should have ended the test {_GRACE_S:g} s ago")
     if run.error is not None:
         raise _raisable(control, run.error)
+    early = not run.stopping and any(tally.bytes != tally.flow.quota for tally in run.tallies)
+    if early and not isinstance(control.receive(time.monotonic() + _STOP_S), Stop):  # it may have been killed
+        raise PerfError("the client ended its streams before their time")
 
 
 def _raisable(control: Control, error: BaseException) -> Exception:
