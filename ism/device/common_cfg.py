@@ -48,7 +48,8 @@ class Change(Flag):
 class CommonRegisters:
     """Common configuration of one function.
 
-    Attributes: `offered` (feature bits), `status`, `config_vector` (0xFFFF none), `fault` (why the last change was BROKEN, else "").
+    Attributes: `offered` (feature bits), `status`, `config_vector` (0xFFFF none), `fault` (why the last change was
+    BROKEN, else "").
     """
 
     def __init__(self, offered: int, queues: Sequence[DeviceQueue], vectors: int) -> None:

@@ -461,7 +461,7 @@ async def test_a_second_task_that_would_wait_is_refused_and_the_first_goes_on(pa
             with pytest.raises(trio.BusyResourceError):
                 await call()
         more = 0
-        with pytest.raises(trio.BusyResourceError):
+        with contextlib.suppress(trio.BusyResourceError):
             while True:  # the kernel may take a little more even when a sender waits
                 more += await one.send(bytes(100_000))
         with pytest.raises(trio.BusyResourceError):

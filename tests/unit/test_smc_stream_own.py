@@ -309,10 +309,11 @@ async def test_with_amortised_checkpoints_every_call_still_sees_cancellation(rig
 @bounded
 async def test_streams_take_the_option_when_they_are_opened_and_accepted(rig: SmcRig) -> None:
     async with await rig.listen(amortise_checkpoints=True) as listener:
-        async with await rig.connect(listener.socket.getsockname()[1], amortise_checkpoints=True) as client:
-            async with await listener.accept() as server:
-                assert client.amortise_checkpoints
-                assert server.amortise_checkpoints
+        client = await rig.connect(listener.socket.getsockname()[1], amortise_checkpoints=True)
+        server = await listener.accept()
+    async with client, server:
+        assert client.amortise_checkpoints
+        assert server.amortise_checkpoints
 
 
 @bounded
