@@ -203,12 +203,7 @@ _SCRIPT: Final = """
 import os, runpy, sys
 sys.argv = argument
 sys.path.insert(0, os.path.dirname(argument[0]))
-try:
-    runpy.run_path(argument[0], run_name="__main__")
-except SystemExit as exc:
-    if isinstance(exc.code, str):
-        print(exc.code, file=sys.stderr)
-    raise
+runpy.run_path(argument[0], run_name="__main__")
 """
 """Runs a script as `python SCRIPT` would, but for the seconds that an emulated guest takes to import Numba."""
 
