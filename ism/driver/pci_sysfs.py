@@ -225,6 +225,13 @@ def bound_to(sysfs: Sysfs, driver: str) -> Iterator[str]:
             yield bdf
 
 
+def foreign(sysfs: Sysfs, bdf: str) -> str | None:
+    """Say what a PCI function is that is there and is no virtio-ism function, as `1af4:1041`; else None."""
+    at = f"{_DEVICES}/{bdf}"
+    ids = [_text(sysfs, f"{at}/{name}").removeprefix("0x") for name in ("vendor", "device")]
+    return ":".join(ids) if all(ids) and ids != [f"{VENDOR_ID:04x}", f"{PCI_DEVICE_ID:04x}"] else None
+
+
 def _text(sysfs: Sysfs, path: str) -> str:
     try:
         return sysfs.read(path)

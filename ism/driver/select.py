@@ -22,7 +22,7 @@ import os
 from ism import paths
 from ism.driver.device import Device
 from ism.driver.function import VECTOR_REGIONS
-from ism.driver.pci_sysfs import ALLOW_NO_IOMMU, VFIO_DRIVER, Sysfs, bound_to, full_bdf
+from ism.driver.pci_sysfs import ALLOW_NO_IOMMU, VFIO_DRIVER, Sysfs, bound_to, foreign, full_bdf
 from ism.driver.vfio_user import VfioUserTransport
 from ism.errors import TransportError
 
@@ -64,6 +64,9 @@ def _open(name: str, origin: str, *, allow_no_iommu: bool) -> Device:
     if kind == "vfio-user" and where:
         return Device(VfioUserTransport.connect(where))
     bdf, intx = full_bdf(where.removesuffix(_INTX)), where.endswith(_INTX)
+    other = foreign(Sysfs(), bdf) if bdf is not None else None
+    if other is not None:
+        raise TransportError(f"{name}{origin} is {other}, not a virtio-ism function; `ism devices` lists those")
     if kind == "vfio" and bdf is not None:
         return _open_vfio(bdf, allow_no_iommu=allow_no_iommu, intx=intx)
     if kind == "uio" and bdf is not None:

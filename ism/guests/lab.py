@@ -28,7 +28,7 @@ from typing import Any, Final, Literal, Self
 
 from ism.guests.guest import Guest
 from ism.guests.image import Image, prepare
-from ism.guests.machine import Hardware, MachineError
+from ism.guests.machine import ENDS_WITH_PARENT, Hardware, MachineError
 from ism.guests.payload import load, options, payload, plug
 from ism.guests.snapshot import boot, furnished_state, kvm_failed, kvm_works, restore, saved_state
 from ism.guests.store import Progress, SetupError, Store, silent
@@ -65,6 +65,7 @@ class Parts:
 def ready(store: Store | None = None, progress: Progress = silent, *, refresh: bool = False) -> Parts:
     """Fetch, build and boot what is not in the cache. Raises SetupError."""
     store = store or Store.default()
+    agent_library()  # what it needs is missed now, not after a minute
     image = prepare(store, progress, refresh=refresh)
     hardware = Hardware(kvm=kvm_works(store, image, progress))
     try:
@@ -139,7 +140,7 @@ class Lab:
         log = self._stack.enter_context((self.folder / "manager.log").open("ab"))
         self.manager = subprocess.Popen(
             [
-                sys.executable, "-m", "ism", "manager",
+                *ENDS_WITH_PARENT, sys.executable, "-m", "ism", "manager",
                 "--run-dir", str(self.run_dir), "--config", str(self.folder / "ism.toml"),
             ],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -177,7 +178,7 @@ class Lab:
 
     def host_command(self, argv: Sequence[str]) -> list[str]:
         """Return the command that runs `argv` on the host, where the guests' network is (`bridge`)."""
-        return ["ip", "netns", "exec", self._namespace, *argv] if self._namespace else list(argv)
+        return [_program("ip"), "netns", "exec", self._namespace, *argv] if self._namespace else list(argv)
 
     def status(self) -> dict[str, Any]:
         """Return what `ism status --json` says. Raises MachineError."""
@@ -345,10 +346,15 @@ class Lab:
         self.close()
 
 
+def _program(name: str) -> str:
+    """Find a program that may be in a folder that users do not have in PATH."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or name
+
+
 def _ip(*arguments: str) -> None:
     """Run ip(8). Raises MachineError."""
     try:
-        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([_program("ip"), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError as exc:
         raise MachineError("network", "there is no `ip`: apt-get install iproute2") from exc
     if done.returncode:

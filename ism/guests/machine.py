@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -31,6 +32,8 @@ _APPEND: Final = (
     "no5lvl random.trust_cpu=on 8250.nr_uarts=1 rcupdate.rcu_expedited=1 audit=0 nowatchdog"
 )
 _START_S: Final = 30.0
+ENDS_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
+"""Put before a command: the kernel kills it when the thread that starts it ends, however that comes."""
 
 
 class MachineError(IsmError):
@@ -88,6 +91,7 @@ class Hardware:
 class Machine:
     """A running QEMU.
 
+    It ends with the thread that starts it, at the latest.
     Attributes: `name`, `folder` (its sockets and `console.log`), `process`, `qmp`.
     """
 
@@ -118,7 +122,7 @@ class Machine:
             self.argv = ["sh", "-c", f"{hardware.command} {shlex.join(map(str, arguments))}"]
         self._log = (folder / "qemu.log").open("wb")
         self.process = subprocess.Popen(
-            self.argv,
+            [*ENDS_WITH_PARENT, *self.argv],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             env={
                 **os.environ, "QEMU_MODULE_DIR": str(tools / "usr/lib/x86_64-linux-gnu/qemu"), **hardware.environment,

@@ -39,6 +39,14 @@ def unreachable(said: str) -> bool:
     return _UNREACHABLE.search(said) is not None
 
 
+def _telling(lines: Sequence[str]) -> str:
+    """Pick the line that says most: the first that names what could not be had, else the last."""
+    for line in lines:
+        if "Failed to fetch" in line or "No space left" in line:
+            return f"{line} (the mirror is named by ISM_VM_MIRROR)" if "Failed to fetch" in line else line
+    return lines[-1] if lines else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Deb:
     """A package file: its name in the archive, which holds name, version and architecture."""
@@ -168,7 +176,9 @@ class Apt:
                     stdin=source.stdout, capture_output=True, check=False,
                 )  # fmt: skip
             if source.returncode or taken.returncode:
-                raise SetupError("unpack", f"{file.name}: {taken.stderr.decode(errors='replace').strip()[:200]}")
+                raise SetupError(
+                    "unpack", f"{file.name}: {_telling(taken.stderr.decode(errors='replace').strip().splitlines())}"
+                )
 
     def _version_in(self, package: str, suite: str) -> str:
         out = self._run(["apt-cache", "madison", package], package)
@@ -204,6 +214,6 @@ class Apt:
         lines = said.splitlines()
         raise SetupError(
             what,
-            lines[-1] if lines else f"{argv[0]} ended with {done.returncode}",
+            _telling(lines) or f"{argv[0]} ended with {done.returncode}",
             fetching=unreachable(said),
         )

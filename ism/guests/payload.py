@@ -121,7 +121,12 @@ def _compile(image: Image, source: Path, place: Path, progress: Progress) -> Non
     # What runs there was downloaded: it gets no right, no process and no device of the host, root's command or not.
     enter = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net", "--ipc"]
     argv: Sequence[str | Path] = [*enter, "sh", "-c", script, "sh", source, root, place, _COMPILE]
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "PYTHONPATH": FOLDER, "LANG": "C.UTF-8", **NUMBA}
+    environment = {
+        "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin",
+        "PYTHONPATH": FOLDER,
+        "LANG": "C.UTF-8",
+        **NUMBA,
+    }
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
     if done.returncode or "compiled" not in done.stdout:
         lines = done.stderr.strip().splitlines()

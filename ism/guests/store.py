@@ -72,7 +72,7 @@ class Store:
         """Open the user's cache: ISM_VM_CACHE, else XDG_CACHE_HOME/ism-vm, else ~/.cache/ism-vm."""
         explicit = os.environ.get("ISM_VM_CACHE")
         if explicit:
-            return cls(Path(explicit))
+            return cls(Path(explicit).expanduser().absolute())
         base = os.environ.get("XDG_CACHE_HOME")
         return cls((Path(base) if base else Path.home() / ".cache") / "ism-vm")
 

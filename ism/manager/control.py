@@ -7,6 +7,7 @@ most so many bytes. Who can open the socket, which is in the manager's run direc
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -58,9 +59,8 @@ def request(path: str | os.PathLike[str], op: str, *, timeout_s: float = 5.0, **
                 data += more
         except OSError as exc:
             problem = exc.strerror or str(exc)
-            raise TransportError(
-                f"no manager answers at {where}: {problem}; run `ism manager`", exc.errno or 0
-            ) from exc
+            advice = "a manager answers its own user and root" if exc.errno == errno.EACCES else "run `ism manager`"
+            raise TransportError(f"no manager answers at {where}: {problem}; {advice}", exc.errno or 0) from exc
     try:
         reply = json.loads(data)
     except ValueError as exc:

@@ -35,7 +35,7 @@ from ism.smc.info import Info
 from ism.smc.link import Link, Stage
 from ism.smc.policy import Policy
 from ism.smc.relay import Relay
-from ism.smc.rendezvous import Fallback, Publication, connect_steps, no_device
+from ism.smc.rendezvous import OFF, Fallback, Publication, connect_steps, no_device
 from ism.smc.trio_wait import LinkWaiter, Sleeper, Turns, Waker, default_device, run_steps
 
 ELSEWHERE = Fallback(Diagnosis.CNFERR, "the connection was not made by this socket")
@@ -274,7 +274,8 @@ class TrioChannel:
         local = None
         with contextlib.suppress(OSError):
             local = self.tcp.getsockname()
-        return info.describe(self.link, self.fallback, local, self._peername)
+        off = OFF if self.policy.mode == "off" else None
+        return info.describe(self.link, self.fallback or off, local, self._peername)
 
     # -- waiting ------------------------------------------------------------------------------------------------
 

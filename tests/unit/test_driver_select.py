@@ -109,3 +109,12 @@ def test_the_environment_says_whether_an_iommu_is_needed(
     open_device(f"vfio:{OURS}").close()
     open_device(f"vfio:{OURS}", allow_no_iommu=True).close()
     assert vfio.asked == [(OURS, allowed), (OURS, True)]
+
+
+@pytest.mark.parametrize("kind", ["vfio", "uio"])
+def test_a_function_that_is_something_else_is_said_to_be_that(sysfs: FakeSysfs, vfio: Vfio, kind: str) -> None:
+    sysfs.plug(bdf=SECOND, group=1)
+    (sysfs.root / f"bus/pci/devices/{SECOND}/device").write_text("0x1041\n")
+    with pytest.raises(TransportError, match="is 1af4:1041, not a virtio-ism function"):
+        open_device(f"{kind}:{SECOND}", allow_no_iommu=True)
+    assert vfio.asked == []
