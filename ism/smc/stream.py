@@ -119,6 +119,8 @@ class SmcStream(trio.abc.HalfCloseableStream):
 
     async def _break(self, exc: Exception) -> NoReturn:
         """Turn what the connection raised into trio's error."""
+        self._channel.receive_turns.forget()
+        self._channel.send_turns.forget()
         await trio.lowlevel.cancel_shielded_checkpoint()
         if self._channel.closed:
             raise trio.ClosedResourceError("this stream was closed by another task") from None
@@ -196,6 +198,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
                 return await self._over_tcp.wait_send_all_might_not_block()
             while not connection.writable():
                 await self._channel.wait_writable(connection)
+            await self._channel.send_turns.over()
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:

@@ -471,7 +471,7 @@ class SmcSocket(trio.socket.SocketType):
         with _woken_by_errors():
             while not connection.writable():
                 await self.channel.wait_writable(connection)
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        await self.channel.send_turns.over()
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -101,8 +101,12 @@ class Turns:
         """Note that the task has slept: others have run."""
         self._slept = True
 
+    def forget(self) -> None:
+        """Note that the call that slept has failed: the next one yields for itself."""
+        self._slept = False
+
     async def over(self) -> None:
-        """Yield, if it is time to. Never raises Cancelled."""
+        """Yield, if it is time to. Never raises Cancelled. The last thing a call does that may have slept."""
         if self._slept:
             self._slept = False
         elif not self.amortised:

@@ -334,3 +334,27 @@ async def test_a_call_that_slept_is_not_made_to_wait_for_its_turn_again(rig: Smc
                 nursery.start_soon(receive)
                 nursery.start_soon(send)
     assert order == ["came"]
+
+
+@bounded
+async def test_a_wait_that_slept_does_not_spare_the_next_call_its_yield(rig: SmcRig) -> None:
+    client, server = await rig.pair()
+
+    async def fill() -> None:
+        with trio.move_on_after(0.2):
+            await client.send_all(bytes(64 * rig.buffer_size))
+
+    async def empty() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(200):
+            with trio.move_on_after(0.2):
+                await server.receive_some(1 << 20)
+
+    async with client, server:
+        await fill()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(empty)
+            await client.wait_send_all_might_not_block()
+            with trio.testing.assert_checkpoints():
+                await client.send_all(b"x")
+            nursery.cancel_scope.cancel()
