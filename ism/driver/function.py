@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -71,6 +72,7 @@ class Function(ABC):
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._silent_loss = False
+        self._next_look_s = time.monotonic() + _LOOK_INTERVAL_S
         self._live = False
         self._closed = False
         self._polls = 0
@@ -238,7 +240,10 @@ class Function(ABC):
         self._check_status()
 
     def _look(self) -> None:
-        if self._gone is None:
+        """Called now and then, and whenever the service thread has been woken for something else."""
+        now_s = time.monotonic()
+        if self._gone is None and now_s >= self._next_look_s:
+            self._next_look_s = now_s + _LOOK_INTERVAL_S
             self._check_status()
 
     def _check_status(self) -> None:

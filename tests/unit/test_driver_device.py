@@ -415,3 +415,26 @@ def test_a_device_that_nobody_tells_of_is_found_dead_by_its_registers(
         device.alloc(CHUNK)
     dead.clear()
     other.close()
+
+
+def test_a_device_that_is_looked_at_seldom_is_not_looked_at_with_every_interrupt(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InMemoryTransport, "tells_of_loss", property(lambda _: False))
+    monkeypatch.setattr("ism.driver.function._LOOK_INTERVAL_S", 3600)
+    device = domain.device()
+    reads: list[tuple[object, ...]] = []
+    read = InMemoryTransport.bar_read
+
+    def counted(self: InMemoryTransport, *access: int) -> bytes:
+        reads.append(access)
+        return read(self, *access)
+
+    monkeypatch.setattr(InMemoryTransport, "bar_read", counted)
+    peer = domain.device()
+    reads.clear()
+    for _ in range(20):
+        region = device.alloc(CHUNK, grants=[(SHARED, None)])
+        peer.attach(region.token).close()
+        region.close()
+    assert reads == []
