@@ -231,24 +231,33 @@ class Channel:
 
     def recv(self, max_bytes: int, timeout_s: float | None) -> bytes:
         """Receive 1 to `max_bytes` bytes; b"" at the end. Raises OSError: as TCP."""
-        wait = timeout_s != 0.0
-        with _Held(self._reading, timeout_s):
-            data = self.connection.recv(max_bytes, wait)
+        lock = self._reading  # by hand: `_Held` would cost as much as the rest
+        if not lock.acquire(False):
+            _wait_for_turn(lock, timeout_s)
+        try:
+            data = self.connection.recv(max_bytes, timeout_s != 0.0)
             if data is None:
                 data = self._wait_for(lambda: self.connection.recv(max_bytes), timeout_s)
             if self.mirrored:
                 self._refresh()
             return data
+        finally:
+            lock.release()
 
     def recv_into(self, buffer: _Buffer, timeout_s: float | None) -> int:
         """Receive into a writable buffer of at least one byte; 0 at the end. Raises OSError: as TCP."""
-        with _Held(self._reading, timeout_s):
+        lock = self._reading
+        if not lock.acquire(False):
+            _wait_for_turn(lock, timeout_s)
+        try:
             count = self.connection.recv_into(buffer, timeout_s != 0.0)
             if count is None:
                 count = self._wait_for(lambda: self.connection.recv_into(buffer), timeout_s)
             if self.mirrored:
                 self._refresh()
             return count
+        finally:
+            lock.release()
 
     def peek(self, max_bytes: int, timeout_s: float | None, *, all_of_it: bool = False) -> bytes:
         """Copy up to `max_bytes` that stay to be received; with `all_of_it` so many, or what there is at the end."""
@@ -317,7 +326,10 @@ class Channel:
 
     def send(self, data: _Buffer, timeout_s: float | None) -> int:
         """Send some of `data`, without a timeout all of it. Returns bytes sent. Raises OSError: as TCP."""
-        with _Held(self._writing, timeout_s):
+        lock = self._writing
+        if not lock.acquire(False):
+            _wait_for_turn(lock, timeout_s)
+        try:
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
@@ -325,15 +337,22 @@ class Channel:
             if sent == size or (sent and timeout_s is not None):
                 return sent
             return self._send_rest(data, sent, timeout_s, everything=timeout_s is None)
+        finally:
+            lock.release()
 
     def send_all(self, data: _Buffer, timeout_s: float | None) -> None:
         """Send all of `data`. Raises OSError: as TCP; then nobody knows how much was sent."""
-        with _Held(self._writing, timeout_s):
+        lock = self._writing
+        if not lock.acquire(False):
+            _wait_for_turn(lock, timeout_s)
+        try:
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
             if sent != (len(data) if type(data) is bytes else memoryview(data).nbytes):
                 self._send_rest(data, sent, timeout_s, everything=True)
+        finally:
+            lock.release()
 
     def _send_rest(self, data: _Buffer, sent: int, timeout_s: float | None, *, everything: bool) -> int:
         view = memoryview(data).cast("B")
@@ -416,6 +435,14 @@ class Channel:
         self._sleeper.wake()
 
 
+def _wait_for_turn(lock: threading.Lock, timeout_s: float | None) -> None:
+    """Acquire the lock of a direction that another thread uses, within the timeout. Raises OSError: as TCP."""
+    if timeout_s == 0.0:
+        raise would_block()
+    if not lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        raise TimeoutError("timed out")
+
+
 class _Held:
     """One thread at a time in one direction; whoever comes second waits within its timeout."""
 
@@ -423,12 +450,8 @@ class _Held:
 
     def __init__(self, lock: threading.Lock, timeout_s: float | None) -> None:
         self._lock = lock
-        if lock.acquire(blocking=False):
-            return
-        if timeout_s == 0.0:
-            raise would_block()
-        if not lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            raise TimeoutError("timed out")
+        if not lock.acquire(blocking=False):
+            _wait_for_turn(lock, timeout_s)
 
     def __enter__(self) -> None:
         pass
