@@ -258,7 +258,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             while (data := connection.recv(max_bytes)) is None:
                 await self._channel.wait_readable(connection)
-            await self._channel.receive_turns.over()
+            await self._over(data)
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:
@@ -291,7 +291,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             while (count := connection.recv_into(view)) is None:
                 await self._channel.wait_readable(connection)
-            await self._channel.receive_turns.over()
+            await self._over(count)
         except (IsmError, OSError) as exc:
             if self._plain is not None and isinstance(exc, OSError) and exc.errno == errno.EBADF:
                 raise trio.ClosedResourceError("this stream is closed") from None
@@ -301,6 +301,15 @@ class SmcStream(trio.abc.HalfCloseableStream):
         if not count:
             self._check_usable()
         return count
+
+    async def _over(self, received: bytes | int) -> None:
+        """Yield, if it is time to; always at the end of the stream: a sender that sleeps finds out now if it is none."""
+        turns = self._channel.receive_turns
+        if received:
+            return await turns.over()
+        turns.forget()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return None
 
     async def _receivable(self) -> Connection | None:
         await trio.lowlevel.checkpoint()

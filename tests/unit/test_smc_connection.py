@@ -229,9 +229,11 @@ async def test_a_reader_learns_of_the_reset_although_the_writer_was_told_first(r
                 await server.receive_some()
 
 
+@pytest.mark.parametrize("amortise", [False, True])
 @bounded
-async def test_both_sleeping_tasks_of_a_stream_wake_when_the_peer_vanishes(rig: SmcRig) -> None:
+async def test_both_sleeping_tasks_of_a_stream_wake_when_the_peer_vanishes(rig: SmcRig, amortise: bool) -> None:
     client, server = await rig.pair()
+    server.amortise_checkpoints = amortise
     async with client, server, trio.open_nursery() as nursery:
 
         async def expect_broken(call: Any) -> None:
