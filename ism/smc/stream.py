@@ -303,7 +303,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
         return count
 
     async def _over(self, received: bytes | int) -> None:
-        """Yield, if it is time to; always at the end of the stream: a sender that sleeps finds out now if it is none."""
+        """Yield, if it is time to; always at the end of the stream: a sleeping sender finds out now if it is none."""
         turns = self._channel.receive_turns
         if received:
             return await turns.over()
