@@ -126,9 +126,9 @@ async def test_bound_addresses_are_their_devices_and_domains_are_apart(tmp_path:
 async def test_a_client_that_dies_leaves_no_entry(tmp_path: Path) -> None:
     async with manager(tmp_path, '[[device]]\nname="vm"') as running:
         a, vm = await devices(running, 1) + [await blocking(lambda: connect(running, "vm"))]
-        for device in (a, vm):
+        for port, device in enumerate((a, vm), start=1):
             await blocking(lambda device=device: directory_of(device).publish(THERE, 80, 0))
-            intent = FourTuple(HERE, device.devid & 0xFF or 1, THERE, 80, 0)
+            intent = FourTuple(HERE, port, THERE, 80, 0)
             await blocking(lambda device=device, i=intent: directory_of(device).intend(i, device.devid))
         assert len(list(running.domains["default"].registry.directory.listeners())) == 2
         for device in (a, vm):
