@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ism.driver.transport import DmaBuffer, Span, Transport
@@ -239,6 +239,7 @@ class ControlQueue:
         self._pending: dict[int, tuple[Command, DmaBuffer | None]] = {}
         self._line: deque[tuple[Command, bytes]] = deque()
         self._kept: list[DmaBuffer] = []
+        self._batch = threading.local()
         self._refusing: str | None = None
         self._dead = False
         self._closed = False
@@ -267,6 +268,9 @@ class ControlQueue:
         except struct.error as exc:
             raise LocalProtocolError(f"{name}: {data} cannot be encoded: {exc}") from exc
         made = Command(name, token, self._poll, self._timeout_s, self._serve)
+        if not self.queue.free and getattr(self._batch, "owed", False):
+            self._batch.owed = False
+            self._kick()  # a chain gets free only if the device knows of those before
         with self._lock:
             if not in_line and not self._slot_free.wait_for(lambda: self.queue.free or self._refusing, self._timeout_s):
                 raise TransportError(
@@ -279,10 +283,30 @@ class ControlQueue:
                 self._line.append((made, readable))
                 return made
             must_notify = self._start(made, readable, reply)
-        if must_notify:
-            with contextlib.suppress(IsmError):  # the command is under way all the same, until `fail`
-                self._notify()
+        if must_notify and getattr(self._batch, "open", False):
+            self._batch.owed = True
+        elif must_notify:
+            self._kick()
         return made
+
+    def _kick(self) -> None:
+        with contextlib.suppress(IsmError):  # the commands are under way all the same, until `fail`
+            self._notify()
+
+    @contextlib.contextmanager
+    def one_kick(self) -> Iterator[None]:
+        """Notify the device once, at the end, of all commands that this thread submits inside.
+
+        Nothing may be waited for inside.
+        """
+        batch = self._batch
+        batch.open, batch.owed = True, False
+        try:
+            yield
+        finally:
+            owed, batch.open, batch.owed = batch.owed, False, False
+            if owed:
+                self._kick()
 
     def _start(self, command: Command, readable: bytes, reply: DmaBuffer | None) -> bool:
         slot = self.queue.free.pop()

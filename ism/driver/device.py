@@ -16,6 +16,7 @@ A process that forks gets nothing of this in the child: the child opens its own 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -261,9 +262,11 @@ class Device(Function):
         try:
             spans = self._checked(placement, least)
             mapping = self.transport.map_spans(self._caps.regions.bar, spans)
-            commands: list[Command] = [self.control.grant(token, what, peer) for what, peer in grants]
+            with self.control.one_kick():
+                commands = [self.control.grant(token, what, peer) for what, peer in grants]
+                vector = self._submit_vector(token) if interrupt else None
             if interrupt:
-                binding = self._bind(token)
+                binding = self._bound(vector)
             for command in commands:
                 command.expect_ok()
             held = Held(token, mapping, first // self.chunk_size, binding, owned)
@@ -297,12 +300,31 @@ class Device(Function):
 
     def _bind(self, token: Token) -> Binding:
         """Give a region an interrupt: a vector, or UPDATE events when there are none."""
-        if not self._interrupts:
-            return self._software_binding(None)
-        binding = self._vectors.acquire()
+        return self._bound(self._submit_vector(token))
+
+    def _submit_vector(self, token: Token) -> tuple[Binding, Command] | None:
+        """Begin to give a region a vector, if there are any; `_bound` waits for it."""
+        if not self._interrupts or (self._events is not None and self._vectors.exhausted):
+            return None
+        try:
+            binding = self._vectors.acquire()
+        except TransportError as exc:
+            if self._events is None or exc.errno != errno.EMFILE:
+                raise
+            return None  # the manager keeps no more eventfds of this client
         try:
             # not only when EVENT_IRQ was offered: devices of the proposal's time offer nothing and can do it
-            self.control.event_vector(token, binding.vector).expect_ok()
+            return binding, self.control.event_vector(token, binding.vector)
+        except BaseException:
+            self._vectors.release(binding)
+            raise
+
+    def _bound(self, begun: tuple[Binding, Command] | None) -> Binding:
+        if begun is None:
+            return self._software_binding(None)
+        binding, command = begun
+        try:
+            command.expect_ok()
         except BaseException as exc:
             self._vectors.release(binding)
             if not isinstance(exc, DeviceError) or exc.ack != Ack.ERR:

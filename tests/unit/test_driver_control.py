@@ -384,3 +384,41 @@ def test_a_queue_that_refuses_still_takes_the_answers_of_what_is_under_way() -> 
     with pytest.raises(DeviceGoneError, match="the device is lost"):
         lost.wait()
     assert len(rig.seen) == 2
+
+
+def test_commands_of_one_kick_are_found_by_one_notify() -> None:
+    rig = Rig(always(bytes([Ack.OK])))
+    kicks: list[int] = []
+    rig.queue._notify = lambda: (kicks.append(len(rig.seen)), rig.run())[1]  # type: ignore[method-assign]
+    with rig.queue.one_kick():
+        commands = [rig.queue.grant(TOKEN, Permission.READ, DevId(n)) for n in (1, 2, 3)]
+        assert not kicks
+    assert kicks == [0]
+    for command in commands:
+        command.expect_ok()
+    rig.queue.detach(TOKEN).expect_ok()
+    assert len(kicks) == 2
+    with rig.queue.one_kick():
+        pass
+    assert len(kicks) == 2
+
+
+def test_more_commands_than_there_are_chains_in_one_kick_go_out_in_several() -> None:
+    rig = Rig(always(bytes([Ack.OK])), size=8)
+    rig.queue._notify = lambda: (rig.run(), rig.queue.reap())[1]  # type: ignore[method-assign]
+    with rig.queue.one_kick():
+        commands = [rig.queue.grant(TOKEN, Permission.READ, DevId(n)) for n in range(1, 20)]
+    for command in commands:
+        command.expect_ok()
+    assert len(rig.seen) == 19
+
+
+def test_another_thread_s_commands_are_not_held_back_by_one_kick() -> None:
+    rig = Rig(always(bytes([Ack.OK])))
+    with rig.queue.one_kick():
+        held = rig.queue.detach(TOKEN)
+        other = threading.Thread(target=lambda: rig.queue.detach(Token(5)).wait())
+        other.start()
+        other.join(PATIENCE_S)
+        assert not other.is_alive()
+    held.expect_ok()
