@@ -27,18 +27,24 @@ from ism.shm import header
 from ism.shm import state as words
 from ism.shm.header import HEADER_BYTES, LINE_BYTES, Flags
 from ism.shm.kernels import load_kernels
+from ism.shm.observe import WINDOW_BYTES
 
 MAX_SPIN_NS = 50_000
 """No call spins longer: Ctrl-C and cancellation wait for it."""
 
-_WINDOW_BYTES = 64 * 1024
+_NO_RING = memoryview(b"")
+"""What is left when another thread closes in the middle of a call."""
 _DOORBELL = words.DOORBELL
+_ATTENTION = words.ATTENTION
 _FIELD_NAMES = {
     0: "hello",
     header.RING_BYTES: "ring_bytes",
     header.PRODUCER: "producer cursor",
     header.CONSUMER: "consumer cursor",
     header.FLAGS: "flags",
+    header.NEXT_MOVES: "number of moves",
+    header.NEXT_RING: "ring it moved to",
+    header.NEXT_CURSOR: "cursor at which it moved",
 }
 
 
@@ -83,8 +89,9 @@ def kernel_id() -> int:
 class Endpoint:
     """One end of a duplex connection: sends into `tx`, receives from `rx`.
 
-    Attributes: `rx_ring_bytes`, `tx_ring_bytes` (capacity of either direction), `lent` (whether a view of a ring was
-    ever given away, which may outlive the endpoint).
+    Attributes: `lent` (whether a view of a ring was ever given away, which may outlive the endpoint); `attend` (called
+    when rings want looking after, see `ism.shm.move`, from within the call that noticed: it must be short and raise
+    nothing).
     """
 
     __slots__ = (
@@ -93,15 +100,11 @@ class Endpoint:
         "_doorbell",
         "_kernels",
         "_recv",
-        "_rx",
-        "_rx_view",
+        "_rings",
         "_send",
-        "_tx",
-        "_tx_view",
         "_words",
+        "attend",
         "lent",
-        "rx_ring_bytes",
-        "tx_ring_bytes",
     )
 
     def __init__(
@@ -137,21 +140,19 @@ class Endpoint:
         self._kernels = load_kernels()
         self._send, self._recv = self._kernels.send, self._kernels.recv
         self._doorbell = doorbell
-        self._rx: Mapped | None = rx
-        self._tx: Mapped | None = tx
+        self.attend: Callable[[], None] | None = None
         self.lent = False
-        self.rx_ring_bytes = rx.length - HEADER_BYTES
-        self.tx_ring_bytes = tx.length - HEADER_BYTES
-        self._rx_view = _ring_view(rx).toreadonly()
-        self._tx_view = _ring_view(tx)
+        self._rings = {region.address + HEADER_BYTES: _ring_view(region, HEADER_BYTES) for region in (rx, tx)}
         self._block = words.new_block()
         self._address = int(self._block.ctypes.data)
         self._words = memoryview(cast("Any", self._block))
         mine = self._words
         mine[words.RX_HEADER], mine[words.TX_HEADER] = rx.address, tx.address
-        mine[words.RX_RING], mine[words.TX_RING] = rx.address + HEADER_BYTES, tx.address + HEADER_BYTES
-        mine[words.RX_BYTES], mine[words.TX_BYTES] = self.rx_ring_bytes, self.tx_ring_bytes
-        mine[words.WINDOW] = max(1, min(self.rx_ring_bytes // 4, _WINDOW_BYTES))
+        for ring, home in ((words.RX_RING, words.RX_HOME_RING), (words.TX_RING, words.TX_HOME_RING)):
+            mine[ring] = mine[home] = (rx if ring == words.RX_RING else tx).address + HEADER_BYTES
+        for size, home in ((words.RX_BYTES, words.RX_HOME_BYTES), (words.TX_BYTES, words.TX_HOME_BYTES)):
+            mine[size] = mine[home] = (rx if size == words.RX_BYTES else tx).length - HEADER_BYTES
+        mine[words.WINDOW] = max(1, min(mine[words.RX_BYTES] // 4, WINDOW_BYTES))
         mine[words.KERNEL] = kernel_id() if kernel is None else kernel
         mine[words.ALONE] = len(os.sched_getaffinity(0)) == 1
         self.max_spin_ns = max_spin_ns
@@ -178,7 +179,7 @@ class Endpoint:
         peer's sleep number is read.
         """
         sent = self._send(self._address, data, wait)
-        if 0 <= sent < _DOORBELL:
+        if 0 <= sent < _ATTENTION:
             return sent
         return self._finish(sent)
 
@@ -190,10 +191,18 @@ class Endpoint:
             while the view lives, but belongs to the stream once committed. `send` and a new `reserve` withdraw it.
         Raises: RemoteProtocolError, LocalProtocolError (as `send`; also a negative `wanted`).
         """
-        granted = self._command(self._kernels.reserve, wanted)
         self.lent = True
-        at = self._words[words.PRODUCER] % self.tx_ring_bytes
-        return self._tx_view[at : at + granted]
+        return self.lend_room(wanted)
+
+    def lend_room(self, wanted: int) -> memoryview:
+        """As `reserve`, for a caller that keeps account of the view in place of `lent`.
+
+        What is made of the view shares one reference to the object behind it (`view.obj`), and with no other view.
+        """
+        granted = self._command(self._kernels.reserve, wanted)
+        mine = self._words
+        at = (mine[words.PRODUCER] - mine[words.TX_BASE]) % mine[words.TX_BYTES]
+        return memoryview(self._rings.get(mine[words.TX_RING], _NO_RING).obj).cast("B")[at : at + granted]
 
     def commit(self, count: int) -> None:
         """Publish the first `count` bytes of the last reservation; the rest of it is withdrawn.
@@ -203,9 +212,9 @@ class Endpoint:
         """
         self._command(self._kernels.commit, count)
 
-    def writable_bytes(self) -> int:
+    def writable_bytes(self, wait: bool = False) -> int:
         """Count the free bytes of the peer's ring. Raises: RemoteProtocolError, LocalProtocolError."""
-        return self._command(self._kernels.writable_bytes)
+        return self._command(self._kernels.writable_bytes, wait)
 
     # Receiving
 
@@ -244,12 +253,12 @@ class Endpoint:
         Raises: as `recv`; TypeError, BufferError, ValueError when `buffer` cannot be written in place.
         """
         received = self._kernels.recv_into(self._address, buffer, wait)
-        if 0 <= received < _DOORBELL:
+        if 0 <= received < _ATTENTION:
             return received
         return self._finish(received)
 
     def peek(self) -> tuple[memoryview, ...]:
-        """Lend everything that can be read, without a copy.
+        """Lend what can be read of the ring in use, without a copy.
 
         Returns: none, one or two read-only views, in stream order (two where the ring wraps). The memory stays mapped
             while a view lives; the contents are stable only until `consume` or a receive gives the bytes back, and a
@@ -260,17 +269,37 @@ class Endpoint:
         return self._views(self._command(self._kernels.readable_bytes))
 
     def peek_copy(self, max_bytes: int) -> bytes:
-        """Copy up to `max_bytes` of what can be read, without consuming it. Raises as `peek`."""
-        return b"".join(self._views(min(max_bytes, self._command(self._kernels.readable_bytes))))
+        """Copy up to `max_bytes` of all that can be read, without consuming it. Raises as `peek`."""
+        here = self._views(min(max_bytes, self._command(self._kernels.readable_bytes)))
+        missing = max_bytes - sum(map(len, here))
+        beyond = min(missing, self._command(self._kernels.readable_beyond)) if missing and here else 0
+        if beyond:
+            here = (*here, self._rings[self._words[words.RX_MOVE_RING]][:beyond])
+        return b"".join(here)
 
     def _views(self, unread: int) -> tuple[memoryview, ...]:
         if unread == 0:
             return ()
-        at = self._words[words.CONSUMER] % self.rx_ring_bytes
-        first = self._rx_view[at : at + unread]
+        mine = self._words
+        at = (mine[words.CONSUMER] - mine[words.RX_BASE]) % mine[words.RX_BYTES]
+        ring = self._rings.get(mine[words.RX_RING], _NO_RING).toreadonly()
+        first = ring[at : at + unread]
         if len(first) == unread:
             return (first,)
-        return first, self._rx_view[: unread - len(first)]
+        return first, ring[: unread - len(first)]
+
+    def lend_unread(self, max_bytes: int, wait: bool = True) -> memoryview:
+        """As `peek`: the first view, of up to `max_bytes`, for a caller that keeps account of it. See `lend_room`.
+
+        Args: `wait`: as for `recv`.
+        """
+        unread = self._kernels.readable_bytes(self._address, wait)
+        if not 0 < unread < _ATTENTION and (unread := self._finish(unread)) == 0:
+            return memoryview(b"")
+        mine = self._words
+        at = (mine[words.CONSUMER] - mine[words.RX_BASE]) % mine[words.RX_BYTES]
+        end = at + (unread if unread < max_bytes else max_bytes)
+        return memoryview(self._rings.get(mine[words.RX_RING], _NO_RING).obj).cast("B")[at:end].toreadonly()
 
     def consume(self, count: int) -> None:
         """Give back the first `count` of the bytes that `peek` or `readable_bytes` showed.
@@ -281,7 +310,7 @@ class Endpoint:
         self._command(self._kernels.consume, count)
 
     def readable_bytes(self) -> int:
-        """Count the bytes to read. Raises: RemoteProtocolError, LocalProtocolError."""
+        """Count the bytes to read in the ring in use; 0 only if there are none at all. Raises as `peek`."""
         return self._command(self._kernels.readable_bytes)
 
     def rx_state(self) -> RxState:
@@ -357,6 +386,95 @@ class Endpoint:
         self._finish(result)
         return result == _DOORBELL
 
+    # Rings
+
+    @property
+    def rx_ring_bytes(self) -> int:
+        """Capacity of the ring that is read, bytes."""
+        return self._words[words.RX_BYTES]
+
+    @property
+    def tx_ring_bytes(self) -> int:
+        """Capacity of the ring that is written, bytes."""
+        return self._words[words.TX_BYTES]
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether `attend` is called, once, when a larger ring to receive in would help; then it is False again."""
+        return self._words[words.RX_MAY_GROW] != 0
+
+    @may_grow.setter
+    def may_grow(self, wanted: bool) -> None:
+        self._words[words.RX_MAY_GROW] = wanted
+
+    @property
+    def offer_pending(self) -> bool:
+        """Whether the peer has not moved to the ring that it was last offered."""
+        return self._words[words.RX_NEXT_BYTES] != 0
+
+    def offer_ring(self, region: Mapped, token: int) -> None:
+        """Offer the peer a region of this side's, all of which is ring, for what it sends from some byte on.
+
+        It stays in use until `uses` says otherwise. Not before the peer has moved to the one offered last.
+        Raises: LocalProtocolError (closed), RemoteProtocolError.
+        """
+        mine = self._words
+        assert not mine[words.RX_NEXT_BYTES]
+        self._rings[region.address] = _ring_view(region, 0)
+        mine[words.RX_OFFERS] += 1
+        mine[words.RX_NEXT_OFFER], mine[words.RX_NEXT_RING] = mine[words.RX_OFFERS], region.address
+        mine[words.RX_NEXT_TOKEN] = token - (token >> 63 << 64)
+        mine[words.RX_NEXT_BYTES] = region.length
+        self._command(self._kernels.offer_ring)
+
+    def read_offer(self) -> tuple[int, int, int] | None:
+        """Return number, token and length of the ring that the peer offers, once; None: nothing new.
+
+        Raises: LocalProtocolError (closed, or a thread is sending), RemoteProtocolError.
+        """
+        if not self._command(self._kernels.read_offer):
+            return None
+        offered = (words.TX_OFFER_SEEN, words.TX_OFFERED_TOKEN, words.TX_OFFERED_BYTES)
+        number, token, length = (self._words[word] % 2**64 for word in offered)
+        return number, token, length
+
+    def use_ring(self, region: Mapped, number: int) -> None:
+        """Go on sending in a region that the peer has offered, from the next send on that may."""
+        mine = self._words
+        self._rings[region.address] = _ring_view(region, 0)
+        mine[words.TX_NEXT_OFFER] = number - (number >> 63 << 64)
+        mine[words.TX_NEXT_RING] = region.address
+        mine[words.TX_NEXT_BYTES] = region.length
+
+    def go_home(self) -> bool:
+        """Go back to the home ring for sending, if everything sent is consumed; tell whether.
+
+        Raises: LocalProtocolError (closed, or a thread is sending), RemoteProtocolError.
+        """
+        return self._command(self._kernels.go_home) != 0
+
+    def follow(self) -> None:
+        """See whether the peer has moved, though it has sent nothing since. Raises as `recv`."""
+        self._command(self._kernels.follow)
+
+    def uses(self, region: Mapped) -> bool | None:
+        """Whether a region of rings is in use, or may be; then never again. None: cannot be said in mid-call."""
+        mine = self._words
+        if mine[words.RX_BUSY] or mine[words.TX_BUSY]:
+            return None
+        rings = [mine[words.RX_RING], mine[words.TX_RING]]
+        for ring, size in (
+            (words.RX_NEXT_RING, words.RX_NEXT_BYTES),
+            (words.RX_MOVE_RING, words.RX_MOVE_BYTES),
+            (words.TX_NEXT_RING, words.TX_NEXT_BYTES),
+        ):
+            if mine[size]:
+                rings.append(mine[ring])
+        if region.address in rings:
+            return True
+        self._rings.pop(region.address, None)
+        return False
+
     # Settings and end
 
     @property
@@ -388,8 +506,7 @@ class Endpoint:
         self._words[words.FATE] = words.SHUT
         if self._words[words.TX_BUSY] or self._words[words.RX_BUSY]:
             return False
-        self._rx = self._tx = None
-        self._rx_view = self._tx_view = memoryview(b"")
+        self._rings.clear()
         return True
 
     @property
@@ -406,18 +523,19 @@ class Endpoint:
 
     def _command(self, kernel: Callable[[int, int], int], argument: int = 0) -> int:
         result = kernel(self._address, argument)
-        if 0 <= result < _DOORBELL:
+        if 0 <= result < _ATTENTION:
             return result
         return self._finish(result)
 
     def _finish(self, result: int) -> int:
-        """Ring the doorbell or raise the error that a kernel's result asks for; returns the count in it."""
-        if result >= _DOORBELL:
-            self._doorbell()
-            return result - _DOORBELL
+        """Do what a kernel's result asks for: ring the doorbell, look after rings, raise; returns the count in it."""
         if result < 0:
             self._fail(result)
-        return result
+        if result & _ATTENTION and self.attend is not None:
+            self.attend()
+        if result & _DOORBELL:
+            self._doorbell()
+        return result & (_ATTENTION - 1)
 
     def _fail(self, code: int) -> NoReturn:
         mine = self._words
@@ -443,8 +561,8 @@ class Endpoint:
         )
 
 
-def _ring_view(region: Mapped) -> memoryview:
-    """View of the ring behind the header; the exporter refers to the region, so every slice keeps it mapped."""
-    exporter = (ctypes.c_char * (region.length - HEADER_BYTES)).from_address(region.address + HEADER_BYTES)
+def _ring_view(region: Mapped, begin: int) -> memoryview:
+    """View of the ring in a region; the exporter refers to the region, so every slice keeps it mapped."""
+    exporter = (ctypes.c_char * (region.length - begin)).from_address(region.address + begin)
     exporter.region = region  # type: ignore[attr-defined]
     return memoryview(exporter).cast("B")

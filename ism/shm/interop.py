@@ -29,6 +29,8 @@ _PYBUF_SIMPLE, _PYBUF_WRITABLE = 0, 1
 _PY_BUFFER_WORDS = 10
 """sizeof(Py_buffer) on 64-bit hosts, in words; word 0 is the address, word 2 the length in bytes."""
 _CLOCK_MONOTONIC = 1
+_CPU_MASK_WORDS = 128
+"""Room for 8192 CPUs, as many as Linux can be built for."""
 
 
 def _source_digest() -> str:
@@ -212,10 +214,29 @@ def _current_cpu(typing_context: Any) -> Any:
     return numba_types.int64(), codegen
 
 
+@intrinsic
+def _allowed_cpus(typing_context: Any) -> Any:
+    """How many CPUs this thread may use now, 0 when the kernel does not say."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> ir.Value:
+        mask = cgutils.alloca_once(builder, ir.ArrayType(_I64, _CPU_MASK_WORDS))
+        total = cgutils.alloca_once_value(builder, _I64(0))
+        get = _c_function(builder, "sched_getaffinity", _I32, _I32, _I64, _I8P)
+        failed = builder.call(get, [_I32(0), _I64(8 * _CPU_MASK_WORDS), builder.bitcast(mask, _I8P)])
+        known = builder.icmp_signed("==", failed, _I32(0))
+        with builder.if_then(known), cgutils.for_range(builder, _I64(_CPU_MASK_WORDS)) as loop:
+            word = builder.load(cgutils.gep_inbounds(builder, mask, 0, loop.index))
+            builder.store(builder.add(builder.load(total), builder.ctpop(word)), total)
+        return builder.load(total)
+
+    return numba_types.int64(), codegen
+
+
 release_gil: Callable[[], int] = _release_gil
 acquire_gil: Callable[[int], None] = _acquire_gil
 monotonic_ns: Callable[[], int] = _monotonic_ns
 current_cpu: Callable[[], int] = _current_cpu
+allowed_cpus: Callable[[], int] = _allowed_cpus
 bytes_address: Callable[[Any], int] = _bytes_address
 new_bytes: Callable[[int], Any] = _new_bytes
 none_object: Callable[[], Any] = _none_object

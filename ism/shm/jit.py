@@ -36,6 +36,16 @@ def kernel(function: Callable[..., Any], *, cache: bool) -> Any:
     return cast("Any", numba.njit)(cache=cache, error_model="numpy")(function)
 
 
+def depends_on(dispatcher: Any, stamp: object) -> None:
+    """Have what is cached for a dispatcher count only while `stamp` is what it was; by itself Numba looks at one file.
+
+    Numba's own classes have no way to say so. Where they have changed their attributes the cache is as good as theirs.
+    """
+    file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = (file._source_stamp, stamp)
+
+
 def unboxes(kind: type) -> Callable[[F], F]:
     """Register how a Python object becomes a native value of type `kind`."""
     return cast("Callable[[F], F]", cast("Any", numba.extending.unbox)(kind))

@@ -16,15 +16,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from numba import config
 from numba.core import event
 
 from ism.errors import FeatureMismatchError
-from ism.shm import offer, park, ring
+from ism.shm import move, offer, park, ring
 from ism.shm.interop import NewObject, ReadableBuffer, RingState, WritableBuffer
-from ism.shm.jit import kernel, numba_types
+from ism.shm.jit import depends_on, kernel, numba_types
 
 logger = logging.getLogger("ism.shm")
 
@@ -58,6 +59,11 @@ class Kernels(NamedTuple):
     park_writer: Command
     unpark: Command
     ring_if_parked: Command
+    offer_ring: Command
+    follow: Command
+    read_offer: Command
+    go_home: Command
+    readable_beyond: Command
     exchange: Callable[[int, int, int], int]
 
 
@@ -78,6 +84,11 @@ _SOURCES: dict[str, tuple[Callable[..., Any], Any]] = {
     "park_writer": (park.park_writer, _COMMAND),
     "unpark": (park.unpark, _COMMAND),
     "ring_if_parked": (park.ring_if_parked, _COMMAND),
+    "offer_ring": (move.offer_ring, _COMMAND),
+    "follow": (move.follow, _COMMAND),
+    "read_offer": (move.read_offer, _COMMAND),
+    "go_home": (move.go_home, _COMMAND),
+    "readable_beyond": (move.readable_beyond, _COMMAND),
     "exchange": (offer.exchange, numba_types.int64(numba_types.int64, numba_types.int64, numba_types.int64)),
 }
 assert tuple(_SOURCES) == Kernels._fields
@@ -148,11 +159,24 @@ def _load(progress: Callable[[str], None] | None) -> Kernels:
 
 def _dispatchers() -> dict[str, Any]:
     try:
-        return {name: kernel(function, cache=True) for name, (function, _) in _SOURCES.items()}
+        made = {name: kernel(function, cache=True) for name, (function, _) in _SOURCES.items()}
+        stamp = _source_stamp()
+        for dispatcher in made.values():
+            depends_on(dispatcher, stamp)
+        return made
     except RuntimeError as exc:
         # Numba found no writable folder at all: neither beside the source nor in the user's cache.
         logger.warning("the ring kernels cannot be cached and are compiled by every process: %s", exc)
         return {name: kernel(function, cache=False) for name, (function, _) in _SOURCES.items()}
+
+
+def _source_stamp() -> tuple[tuple[str, int, int], ...]:
+    """Say which sources the kernels are made of: helpers of all modules here are compiled into them."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        status = path.stat()
+        found.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 @contextlib.contextmanager

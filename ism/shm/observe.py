@@ -13,7 +13,17 @@ from typing import Any
 
 from ism.shm.atomics import load_acquire_u32, load_acquire_u64
 from ism.shm.header import CONSUMER as CONSUMER_AT
-from ism.shm.header import FLAGS, HELLO, KERNEL_ID, KNOWN_FLAGS, PRODUCER, RING_BYTES
+from ism.shm.header import (
+    FLAGS,
+    HELLO,
+    KERNEL_ID,
+    KNOWN_FLAGS,
+    NEXT_CURSOR,
+    NEXT_MOVES,
+    NEXT_RING,
+    PRODUCER,
+    RING_BYTES,
+)
 from ism.shm.jit import helper
 from ism.shm.state import (
     ALIVE,
@@ -34,11 +44,29 @@ from ism.shm.state import (
     PEER_KERNEL,
     PEER_PRODUCER,
     POISONED,
+    RX_BASE,
     RX_BYTES,
+    RX_FULL,
     RX_HEADER,
+    RX_HOME_BYTES,
+    RX_HOME_RING,
+    RX_MARK,
+    RX_MOVE_AT,
+    RX_MOVE_BYTES,
+    RX_MOVE_RING,
+    RX_MOVED,
+    RX_MOVES,
+    RX_NEXT_BYTES,
+    RX_NEXT_OFFER,
+    RX_NEXT_RING,
+    RX_RANG,
+    RX_RING,
+    RX_SLEPT,
     SAME_KERNEL,
     SHUT,
+    TX_BASE,
     TX_BYTES,
+    WINDOW,
     get,
     put,
 )
@@ -106,18 +134,86 @@ def peer_flags(state: Any) -> int:
     return flags
 
 
+WINDOW_BYTES = 64 * 1024
+"""Room worth waking a writer for; a fourth of a ring that is not four times as large."""
+
+
+@helper
+def note_move(state: Any) -> int:
+    """Accept that the peer goes on in another ring of this side's, if it said so; 0 or FAILED_LIE. See `ism.shm.move`.
+
+    From here on the accepted producer cursor is where it moved, until all before that is read (`cross`).
+    """
+    header = get(state, RX_HEADER)
+    moves = load_acquire_u64(header + NEXT_MOVES)
+    if moves == get(state, RX_MOVES):
+        return 0
+    if moves != get(state, RX_MOVES) + 1:
+        return lie(state, NEXT_MOVES, moves, get(state, RX_MOVES), get(state, RX_MOVES) + 1)
+    if get(state, HELLO_SEEN) == 0 and greet(state) < 0:
+        return FAILED_LIE
+    ring, at = load_acquire_u64(header + NEXT_RING), load_acquire_u64(header + NEXT_CURSOR)
+    accepted, consumer = get(state, PEER_PRODUCER), get(state, CONSUMER)
+    step = at - accepted
+    if step < 0 or step > get(state, RX_BYTES) - (accepted - consumer):
+        return lie(state, NEXT_CURSOR, at, accepted, consumer + get(state, RX_BYTES))
+    if ring == 0 and get(state, RX_RING) != get(state, RX_HOME_RING):
+        put(state, RX_MOVE_RING, get(state, RX_HOME_RING))
+        put(state, RX_MOVE_BYTES, get(state, RX_HOME_BYTES))
+    elif ring != 0 and ring == get(state, RX_NEXT_OFFER) and get(state, RX_NEXT_BYTES) != 0:
+        put(state, RX_MOVE_RING, get(state, RX_NEXT_RING))
+        put(state, RX_MOVE_BYTES, get(state, RX_NEXT_BYTES))
+        put(state, RX_NEXT_BYTES, 0)
+    else:
+        return lie(state, NEXT_RING, ring, 0, get(state, RX_NEXT_OFFER))
+    put(state, RX_MOVE_AT, at)
+    put(state, RX_MOVES, moves)
+    put(state, PEER_PRODUCER, at)
+    return 0
+
+
+@helper
+def cross(state: Any) -> int:
+    """Read on in the ring that the peer moved to, if all before is read; bytes to read in either, or FAILED_LIE."""
+    at, consumer = get(state, RX_MOVE_AT), get(state, CONSUMER)
+    producer = load_acquire_u64(get(state, RX_HEADER) + PRODUCER)  # it moved before: no less than `at`
+    beyond = producer - at
+    if beyond < 0 or beyond > get(state, RX_MOVE_BYTES):
+        return lie(state, PRODUCER, producer, at, at + get(state, RX_MOVE_BYTES))
+    if consumer != at:
+        return at - consumer
+    put(state, RX_RING, get(state, RX_MOVE_RING))
+    put(state, RX_BYTES, get(state, RX_MOVE_BYTES))
+    put(state, RX_BASE, at)
+    put(state, WINDOW, max(1, min(get(state, RX_MOVE_BYTES) // 4, WINDOW_BYTES)))
+    put(state, RX_MOVE_BYTES, 0)
+    put(state, RX_MOVED, 1)
+    put(state, RX_MARK, at)
+    put(state, RX_FULL, 0)
+    put(state, RX_SLEPT, 0)
+    put(state, RX_RANG, 0)
+    put(state, PEER_PRODUCER, producer)
+    return beyond
+
+
 @helper
 def readable(state: Any) -> int:
-    """Read the peer's producer cursor with acquire; returns bytes to read, or FAILED_LIE.
+    """Read the peer's producer cursor with acquire; returns bytes to read in the ring in use, or FAILED_LIE.
 
     The difference to the last accepted value is taken in wrapping 64-bit arithmetic and must lie between 0 and the
-    free space: one comparison refuses what goes back, what overtakes the ring, and values above 2**63.
+    free space: one comparison refuses what goes back, what overtakes the ring, and values above 2**63. Whoever
+    acquired a cursor beyond the place where the peer changed rings acquired the news of that with it.
     """
     accepted = get(state, PEER_PRODUCER)
     consumer = get(state, CONSUMER)
-    producer = load_acquire_u64(get(state, RX_HEADER) + PRODUCER)
+    header = get(state, RX_HEADER)
+    producer = load_acquire_u64(header + PRODUCER)
     if producer == accepted:
         return accepted - consumer
+    if get(state, RX_MOVE_BYTES) != 0:
+        return cross(state)
+    if load_acquire_u64(header + NEXT_MOVES) != get(state, RX_MOVES):
+        return FAILED_LIE if note_move(state) < 0 else cross(state)
     step = producer - accepted
     if step < 0 or step > get(state, RX_BYTES) - (accepted - consumer):
         return lie(state, PRODUCER, producer, accepted, consumer + get(state, RX_BYTES))
@@ -144,4 +240,4 @@ def writable(state: Any) -> int:
             return FAILED_LIE
         put(state, PEER_CONSUMER, consumer)
         accepted = consumer
-    return get(state, TX_BYTES) - (producer - accepted)
+    return get(state, TX_BYTES) - (producer - max(accepted, get(state, TX_BASE)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spin, sleep and wake: the store-fence-load handshake on both sides. Compiled helpers and kernels.
 
-A reader with nothing to read, or a writer with no room, first spins within an adaptive budget and then parks: it
+A reader with nothing to read, or a writer with no room, first spins, while spinning pays, and then parks: it
 writes an odd sleep number into the peer's region, fences, looks once more, and only then sleeps on its doorbell.
 The other side stores its cursor or flags, fences, and reads the sleep number. One of the two must see the other's
 store, so no wake-up is lost; a number is rung at most once, so a sleep costs one doorbell. `docs/memory-order.md`
@@ -25,11 +25,10 @@ from ism.shm.atomics import (
 )
 from ism.shm.header import CONSUMER as CONSUMER_AT
 from ism.shm.header import CPU, FLAGS, PRODUCER, READER_PARKED, STATE_FLAGS, WRITER_PARKED, Flags
-from ism.shm.interop import acquire_gil, current_cpu, monotonic_ns, release_gil
+from ism.shm.interop import acquire_gil, allowed_cpus, current_cpu, monotonic_ns, release_gil
 from ism.shm.jit import helper
 from ism.shm.observe import entry_error, peer_flags, readable, writable
 from ism.shm.state import (
-    ALONE,
     CONSUMER,
     DOORBELL,
     FAILED_ARGUMENT,
@@ -64,9 +63,9 @@ from ism.shm.state import (
     put,
 )
 
-_SHORTEST_SPIN_NS = 2_000
-"""A budget that fell below this buys nothing: a cache line alone can take 500 ns each way."""
-_FIRST_BACKOFF, _LAST_BACKOFF = 16, 1024
+_SPINS_PER_WIN, _SPINS_SAVED = 2, 8
+"""How many spins in vain one success pays for, and how many may be saved up."""
+_FIRST_BACKOFF, _LAST_BACKOFF = 4, 256
 """Waits without a spin before the next trial, doubled after each trial that failed."""
 FAR_SPIN_FACTOR = 4
 """How much longer a spin may be when the peer is behind another kernel."""
@@ -225,7 +224,10 @@ def _longest_ns(state: Any) -> int:
 
 @helper
 def _granted_ns(state: Any, base: int) -> int:
-    """How long this wait may spin: 0 when it cannot help."""
+    """How long this wait may spin: the longest time or, when it cannot help or has not paid, 0.
+
+    Nothing in between: a shorter spin costs less, but misses every peer that is slower, and then costs for nothing.
+    """
     longest = _longest_ns(state)
     if longest == 0:
         return 0
@@ -235,11 +237,10 @@ def _granted_ns(state: Any, base: int) -> int:
     if kernel == SAME_KERNEL and peer == cpu + 1:
         return 0  # the peer cannot run while this thread spins
     elsewhere = kernel == OTHER_KERNEL or (kernel == SAME_KERNEL and peer != 0)
-    if get(state, ALONE) != 0 and not elsewhere:
+    if not elsewhere and allowed_cpus() == 1:
         return 0  # one CPU, and the peer is not known to be on another
-    budget = get(state, base + SPIN_BUDGET_NS)
-    if budget > 0:
-        return min(budget, longest)
+    if get(state, base + SPIN_BUDGET_NS) > 0:
+        return longest
     skip = get(state, base + SPIN_SKIP) - 1
     put(state, base + SPIN_SKIP, skip)
     return longest if skip <= 0 else 0
@@ -247,18 +248,21 @@ def _granted_ns(state: Any, base: int) -> int:
 
 @helper
 def _adapt(state: Any, base: int, granted: int, won: bool) -> None:
+    """Account for a spin. The budget is the time that may yet be spun in vain: successes earn it, failures use it up.
+
+    So of the time spent spinning a bounded part is in vain, a peer that is late now and then is spun for all the same,
+    and one that is always late is tried ever more seldom.
+    """
+    budget = get(state, base + SPIN_BUDGET_NS)
     if won:
-        put(state, base + SPIN_BUDGET_NS, _longest_ns(state))
+        put(state, base + SPIN_BUDGET_NS, min(budget + _SPINS_PER_WIN * granted, _SPINS_SAVED * granted))
         put(state, base + SPIN_BACKOFF, _FIRST_BACKOFF)
         return
-    was_trial = get(state, base + SPIN_BUDGET_NS) == 0
-    budget = 0 if was_trial else granted // 2
-    if budget < _SHORTEST_SPIN_NS:
-        budget = 0
+    if budget <= granted:
         backoff = max(get(state, base + SPIN_BACKOFF), _FIRST_BACKOFF)
         put(state, base + SPIN_SKIP, backoff)
         put(state, base + SPIN_BACKOFF, min(2 * backoff, _LAST_BACKOFF))
-    put(state, base + SPIN_BUDGET_NS, budget)
+    put(state, base + SPIN_BUDGET_NS, max(budget - granted, 0))
 
 
 @helper

@@ -18,9 +18,9 @@ from ism.shm.header import FLAGS, HELLO, KERNEL_ID, RING_BYTES, STATE_FLAGS, Fla
 from ism.shm.header import PRODUCER as PRODUCER_AT
 from ism.shm.interop import acquire_gil, bytes_address, new_bytes, none_object, release_gil
 from ism.shm.jit import helper
+from ism.shm.move import after_reading, go_on_elsewhere, is_offered
 from ism.shm.observe import entry_error, peer_flags, readable, writable
 from ism.shm.park import (
-    after_consuming,
     after_publishing,
     announce_cpu,
     owes_reader,
@@ -42,14 +42,18 @@ from ism.shm.state import (
     POISONED,
     PRODUCER,
     RESERVED,
+    RX_BASE,
     RX_BUSY,
     RX_BYTES,
     RX_OUTCOME,
     RX_RING,
+    RX_SLEPT,
     SHUT,
+    TX_BASE,
     TX_BUSY,
     TX_BYTES,
     TX_HEADER,
+    TX_NEXT_BYTES,
     TX_RING,
     get,
     put,
@@ -73,7 +77,7 @@ def _copy_in(state: Any, source: int, count: int) -> None:
     """Copy `count` bytes, no more than are free, behind the producer cursor, and publish them."""
     ring, size = get(state, TX_RING), get(state, TX_BYTES)
     producer = get(state, PRODUCER)
-    at = producer % size
+    at = (producer - get(state, TX_BASE)) % size
     first = min(count, size - at)
     memcpy(ring + at, source, first)
     if count > first:
@@ -110,13 +114,19 @@ def send(state: Any, data: Any, wait: int) -> int:
     length: int = data.length
     if length == 0:
         return 0
-    room = get(state, TX_BYTES) - (get(state, PRODUCER) - get(state, PEER_CONSUMER))
+    attention = 0
+    if get(state, TX_NEXT_BYTES) != 0:
+        attention = go_on_elsewhere(state)
+    room = get(state, TX_BYTES) - (get(state, PRODUCER) - max(get(state, PEER_CONSUMER), get(state, TX_BASE)))
     if room < length:
         room = writable(state)
         if room == 0 and wait != 0 and spin_for_room(state):
             room = writable(state)
-        if room <= 0:
+        if room < 0:
             return room
+        attention |= is_offered(state)
+        if room == 0:
+            return attention
     if min(length, room) < LONG_BYTES:
         done = min(length, room)
         _copy_in(state, data.address, done)
@@ -128,7 +138,7 @@ def send(state: Any, data: Any, wait: int) -> int:
         done = _copy_in_long(state, data.address, length, room)
         acquire_gil(thread)
         put(state, TX_BUSY, 0)
-    return done | after_publishing(state)
+    return done | attention | after_publishing(state)
 
 
 def reserve(state: Any, wanted: int) -> int:
@@ -138,13 +148,18 @@ def reserve(state: Any, wanted: int) -> int:
         return error
     if wanted < 0:
         return FAILED_ARGUMENT
+    attention = 0
+    if get(state, TX_NEXT_BYTES) != 0:
+        attention = go_on_elsewhere(state)
     room = writable(state)
     if room < 0:
         return room
-    at = get(state, PRODUCER) % get(state, TX_BYTES)
+    if room < wanted:
+        attention |= is_offered(state)
+    at = (get(state, PRODUCER) - get(state, TX_BASE)) % get(state, TX_BYTES)
     granted = min(wanted, room, get(state, TX_BYTES) - at)
     put(state, RESERVED, granted)
-    return granted
+    return granted | attention
 
 
 def commit(state: Any, count: int) -> int:
@@ -163,10 +178,15 @@ def commit(state: Any, count: int) -> int:
     return after_publishing(state)
 
 
-def writable_bytes(state: Any, unused: int) -> int:
-    """Kernel: free bytes in the peer's ring."""
+def writable_bytes(state: Any, wait: int) -> int:
+    """Kernel: free bytes in the peer's ring; with `wait` after spinning, if there were none."""
     error = entry_error(state, TX_BUSY)
-    return error if error < 0 else writable(state)
+    if error < 0:
+        return error
+    room = writable(state)
+    if room == 0 and wait != 0 and spin_for_room(state):
+        room = writable(state)
+    return room
 
 
 # Receiving ------------------------------------------------------------------------------------------------------
@@ -177,7 +197,7 @@ def _copy_out(state: Any, destination: int, count: int) -> None:
     """Copy `count` bytes, no more than are unread, from the consumer cursor on, and give their space back."""
     ring, size = get(state, RX_RING), get(state, RX_BYTES)
     consumer = get(state, CONSUMER)
-    at = consumer % size
+    at = (consumer - get(state, RX_BASE)) % size
     first = min(count, size - at)
     memcpy(destination, ring + at, first)
     if count > first:
@@ -215,6 +235,8 @@ def _unread(state: Any, wanted: int, wait: int) -> int:
         unread = readable(state)
         if unread == 0 and wait != 0 and spin_for_data(state):
             unread = readable(state)
+        elif unread == 0:
+            put(state, RX_SLEPT, get(state, RX_SLEPT) + 1)
     return unread
 
 
@@ -244,7 +266,7 @@ def recv(state: Any, max_bytes: int, wait: int) -> Any:
     if address == 0:
         return data
     _copy_out_any(state, address, count, count, unread)
-    put(state, RX_OUTCOME, after_consuming(state))
+    put(state, RX_OUTCOME, after_reading(state, unread))
     return data
 
 
@@ -255,11 +277,13 @@ def recv_into(state: Any, buffer: Any, wait: int) -> int:
     if unread <= 0:
         return unread
     done = _copy_out_any(state, buffer.address, min(unread, length), length, unread)
-    return done | after_consuming(state)
+    return done | after_reading(state, unread)
 
 
-def readable_bytes(state: Any, unused: int) -> int:
-    """Kernel: bytes to read."""
+def readable_bytes(state: Any, wait: int) -> int:
+    """Kernel: bytes to read; with `wait` after spinning, if there were none."""
+    if wait != 0:
+        return _unread(state, get(state, RX_BYTES) + 1, wait)  # more than are known of: so the peer is asked
     error = entry_error(state, RX_BUSY)
     return error if error < 0 else readable(state)
 
@@ -274,9 +298,10 @@ def consume(state: Any, count: int) -> int:
         return FAILED_ARGUMENT
     if count == 0:
         return 0
+    unread = get(state, PEER_PRODUCER) - get(state, CONSUMER)
     put(state, CONSUMER, consumer)
     store_release_u64(get(state, TX_HEADER) + CONSUMER_AT, consumer)
-    return after_consuming(state)
+    return after_reading(state, unread)
 
 
 # Flags and state ------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ Nothing is imported before a name of it is used, so that the blocking surface do
 
 The sans-io half, bottom up: `clc` (handshake messages), `diagnosis`, `identity`, `handshake_machine`, `states`. Without
 an event loop: `connection` (rings and state), `group`, `handshake`, `link` (one connection until it is decided),
-`rendezvous` (the manager's directory), `policy`, `info`. For trio: `trio_wait`, `trio_channel`, `trio_listening`,
-`trio_socket`,
-`trio_factory`, `stream`.
+`rendezvous` (the manager's directory), `policy`, `info`, `lending` (memory lent to the program). For trio: `trio_wait`,
+`trio_channel`, `trio_listening`, `trio_socket`, `trio_factory`, `trio_lending`, `stream`.
 """
 
 import typing as _typing

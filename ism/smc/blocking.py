@@ -39,6 +39,8 @@ from ism.smc import monitor
 from ism.smc.channel import Channel, deadline_of, left_ms, would_block
 from ism.smc.diagnosis import Diagnosis
 from ism.smc.info import Info
+from ism.smc.lending import ReceiveLoan, SendLoan, room_size, view_size
+from ism.smc.lending_tcp import TcpLoans
 from ism.smc.link import Link, Stage
 from ism.smc.policy import Mode, Policy, buffer_for_option, from_environment
 from ism.smc.relay import Relay, relay_of
@@ -103,6 +105,7 @@ class socket(_Base):
         "_policy",
         "_publication",
         "_relay",
+        "_tcp_loans",
     )
 
     def __init__(
@@ -113,6 +116,7 @@ class socket(_Base):
         self._fallback: Fallback | None = None
         self._publication: Publication | None = None
         self._relay: Relay | None = None
+        self._tcp_loans: TcpLoans | None = None
         self._linger_reset = self._mirrored = self._carried = False
         if fileno is not None and (original := socket_of(fileno)) is not None:
             original._give_away()
@@ -212,6 +216,7 @@ class socket(_Base):
                 server_side=server_side,
                 device=device,
                 buffer_size=policy.buffer_size,
+                buffer_limit=policy.buffer_limit,
                 required=policy.mode == "require",
                 settled=_Settled(self),
             )
@@ -355,6 +360,8 @@ class socket(_Base):
         """As `socket.send`."""
         channel = self._channel
         if channel is None:
+            if self._tcp_loans is not None:
+                self._tcp_loans.await_send(self._timeout(flags))
             if self._link is None:
                 return _Plain.send(self, data, flags)
             _check_buffer(data)
@@ -385,6 +392,8 @@ class socket(_Base):
         """As `socket.sendall`."""
         channel = self._channel
         if channel is None:
+            if self._tcp_loans is not None:
+                self._tcp_loans.await_send(self._timeout(flags))
             if self._link is None:
                 return _Plain.sendall(self, data, flags)
             _check_buffer(data)
@@ -474,6 +483,8 @@ class socket(_Base):
         """As `socket.recv`."""
         channel = self._channel
         if channel is None:
+            if self._tcp_loans is not None:
+                self._tcp_loans.await_receive(self._timeout(flags))
             if self._link is None:
                 return _Plain.recv(self, bufsize, flags)
             _check_size(bufsize)
@@ -523,6 +534,8 @@ class socket(_Base):
         """As `socket.recv_into`."""
         channel = self._channel
         if channel is None:
+            if self._tcp_loans is not None:
+                self._tcp_loans.await_receive(self._timeout(flags))
             if self._link is None or self._decided(False, self._timeout(flags)) is None:
                 return _Plain.recv_into(self, buffer, nbytes, flags)
             channel = self._channel
@@ -582,6 +595,41 @@ class socket(_Base):
             view[: len(part)] = part
             rest = rest[len(part) :]
         return len(data), [], 0, None
+
+    # -- without a copy ---------------------------------------------------------------------------------------------
+
+    def recv_view(self, max_bytes: int | None = None) -> ReceiveLoan:
+        """Receive without a copy: `with sock.recv_view() as lent:`, then look at `lent.view`, bytes of the ring itself.
+
+        Args: `max_bytes`: 1 or more; None: all that is contiguous (over TCP 64 KiB).
+        Returns: a loan of one byte or more, or of none at the end of the stream. The end of the block consumes all, or
+            as its `consume` says; an exception that leaves the block: nothing. See docs/sockets.md.
+        Raises: as `recv`; ValueError, TypeError; OSError (EDEADLK: this thread has bytes lent already); BufferError.
+        """
+        limit = view_size(max_bytes)
+        channel = self._channel or self._decided(False, self.gettimeout())
+        if channel is not None:
+            return channel.lend_unread(limit, self.gettimeout())
+        return self._loans_of_tcp().receive(self, _Plain, limit)
+
+    def send_buffer(self, size: int) -> SendLoan:
+        """Send without a copy: `with sock.send_buffer(size) as lent:`, then write into `lent.view`, the peer's ring.
+
+        Args: `size`: bytes wanted, 1 or more.
+        Returns: a loan of 1 to `size` contiguous bytes. The end of the block sends all, or as its `commit` says; an
+            exception that leaves the block: nothing. See docs/sockets.md.
+        Raises: as `send`, also at the end of the block; otherwise as `recv_view`.
+        """
+        size = room_size(size)
+        channel = self._channel or self._decided(True, self.gettimeout())
+        if channel is not None:
+            return channel.lend_room(size, self.gettimeout())
+        return self._loans_of_tcp().send(self, _Plain, size)
+
+    def _loans_of_tcp(self) -> TcpLoans:
+        if self._tcp_loans is None:
+            self._tcp_loans = self.__dict__.setdefault("loans_of_tcp", TcpLoans())  # of two threads' the first
+        return self._tcp_loans
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -651,6 +699,8 @@ class socket(_Base):
         link = self._link
         if link is None or link.stage is Stage.CLOSED:
             return
+        if self._channel is not None and self._channel.lent:
+            raise OSError(errno.EBUSY, "memory of this connection is lent: end that block first")
         if link.required:
             link.start(sending=True)
         elif not link.settled:

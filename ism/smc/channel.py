@@ -35,7 +35,9 @@ from typing import Any
 
 from ism.driver import Region
 from ism.errors import DeviceGoneError, TransportError
-from ism.smc.connection import Connection
+from ism.smc.connection import Connection, os_error
+from ism.smc.lending import Loan, ReceiveLoan, SendLoan, check_turn, give_back, publish
+from ism.smc.states import Outcome
 
 NONBLOCKING_WAIT_S = 0.002
 _PEEK_PAUSE_S = 0.0005
@@ -71,8 +73,9 @@ def left_ms(deadline_s: float) -> float | None:
 class _Sleeper:
     """Lets any number of threads sleep on one eventfd: one polls it, the others are told by that one."""
 
-    def __init__(self, connection: Connection, tcp_fd: int) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, tcp_fd: int, drained: Callable[[], None]) -> None:
+        """Args: `drained`: called after the eventfd was reset: it may have been raised for others than threads."""
+        self._connection, self._drained = connection, drained
         self._changed = threading.Condition(threading.Lock())
         self._poll = select.poll()
         self._poll.register(connection.fd, select.POLLIN)
@@ -103,6 +106,7 @@ class _Sleeper:
             with self._changed:
                 self.polling = False
                 self._changed.notify_all()
+            self._drained()
 
     def wake(self) -> None:
         """Have the threads that are told look again."""
@@ -124,8 +128,10 @@ class Channel:
             self.peername = raw.getpeername()
         self.raw = raw
         self._service = connection.rx.device.service
-        self._sleeper = _Sleeper(connection, raw.fileno())
+        self._sleeper = _Sleeper(connection, raw.fileno(), self._tell_room)
         self._reading, self._writing = threading.Lock(), threading.Lock()
+        self._receive_loan: ReceiveLoan | None = None
+        self._send_loan: SendLoan | None = None
         self._mirror = threading.RLock()
         self._lowat = 0
         self.mirrored = False
@@ -140,7 +146,8 @@ class Channel:
     def renew_locks(self) -> None:
         """Forget who held them: after a fork, in the child, where the connection is closed."""
         self._reading, self._writing, self._mirror = threading.Lock(), threading.Lock(), threading.RLock()
-        self._sleeper = _Sleeper(self.connection, self.raw.fileno())
+        self._receive_loan = self._send_loan = None
+        self._sleeper = _Sleeper(self.connection, self.raw.fileno(), self._tell_room)
         self.ended = True
 
     # -- the mirror -------------------------------------------------------------------------------------------------
@@ -180,15 +187,15 @@ class Channel:
         self._tell_room()
 
     def _on_doorbell(self) -> None:
-        self._tell_room()
         if self._sleeper.polling:
-            return  # a thread that began to sleep before the mirror did: it drains, and looks
+            return  # a thread that began to sleep before the mirror did: it drains, looks, and tells
         with self._mirror:
             if not self.mirrored:
                 return  # ended by `move`: whoever waits from then on polls himself, and must not be robbed of it
             if not self.connection.closed:
-                self.connection.drain()
+                self.connection.drain()  # before anybody looks: what is rung after that is not swallowed
                 self._refresh()
+        self._tell_room()
         self._sleeper.wake()
 
     def _on_end(self) -> None:
@@ -233,8 +240,10 @@ class Channel:
         """Receive 1 to `max_bytes` bytes; b"" at the end. Raises OSError: as TCP."""
         lock = self._reading  # by hand: `_Held` would cost as much as the rest
         if not lock.acquire(False):
-            _wait_for_turn(lock, timeout_s)
+            wait_for_turn(lock, self._receive_loan, timeout_s)
         try:
+            if self._receive_loan is not None:
+                self._receive_loan.settle()
             data = self.connection.recv(max_bytes, timeout_s != 0.0)
             if data is None:
                 data = self._wait_for(lambda: self.connection.recv(max_bytes), timeout_s)
@@ -248,8 +257,10 @@ class Channel:
         """Receive into a writable buffer of at least one byte; 0 at the end. Raises OSError: as TCP."""
         lock = self._reading
         if not lock.acquire(False):
-            _wait_for_turn(lock, timeout_s)
+            wait_for_turn(lock, self._receive_loan, timeout_s)
         try:
+            if self._receive_loan is not None:
+                self._receive_loan.settle()
             count = self.connection.recv_into(buffer, timeout_s != 0.0)
             if count is None:
                 count = self._wait_for(lambda: self.connection.recv_into(buffer), timeout_s)
@@ -268,9 +279,44 @@ class Channel:
                 return None
             return data
 
-        with _Held(self._reading, timeout_s):
+        with _Held(self._reading, self._receive_loan, timeout_s):
+            if self._receive_loan is not None:
+                self._receive_loan.settle()
             data = look()
             return self._wait_for(look, timeout_s) if data is None else data
+
+    def lend_unread(self, max_bytes: int, timeout_s: float | None) -> ReceiveLoan:
+        """Lend bytes where they lie; empty at the end. Raises OSError: as a receive; BufferError."""
+        lock = self._reading
+        if not lock.acquire(False):
+            wait_for_turn(lock, self._receive_loan, timeout_s)
+        try:
+            if self._receive_loan is not None:
+                self._receive_loan.settle()
+            view = self.connection.lend_unread(max_bytes, timeout_s != 0.0)
+            if view is None:
+                view = self._wait_for(lambda: self.connection.lend_unread(max_bytes), timeout_s)
+            made = ReceiveLoan(view, self._give_back, check_open=self._check_open, lock=lock)
+            self._receive_loan = made
+        except BaseException:
+            lock.release()
+            raise
+        return made
+
+    def _give_back(self, count: int) -> None:
+        self._receive_loan = None
+        give_back(self.connection, count)
+        if self.mirrored:
+            self._refresh()
+
+    def _check_open(self) -> None:
+        if self.connection.closed:
+            raise os_error(Outcome.EBADF)
+
+    @property
+    def lent(self) -> bool:
+        """Whether the program has memory of either direction lent."""
+        return self._receive_loan is not None or self._send_loan is not None
 
     def _nothing_comes(self, beyond: int) -> bool:
         """Whether no more than so many bytes will ever be there: the ring holds no more, or the peer has finished."""
@@ -328,8 +374,10 @@ class Channel:
         """Send some of `data`, without a timeout all of it. Returns bytes sent. Raises OSError: as TCP."""
         lock = self._writing
         if not lock.acquire(False):
-            _wait_for_turn(lock, timeout_s)
+            wait_for_turn(lock, self._send_loan, timeout_s)
         try:
+            if self._send_loan is not None:
+                self._send_loan.settle()
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
@@ -344,8 +392,10 @@ class Channel:
         """Send all of `data`. Raises OSError: as TCP; then nobody knows how much was sent."""
         lock = self._writing
         if not lock.acquire(False):
-            _wait_for_turn(lock, timeout_s)
+            wait_for_turn(lock, self._send_loan, timeout_s)
         try:
+            if self._send_loan is not None:
+                self._send_loan.settle()
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
@@ -357,33 +407,65 @@ class Channel:
     def _send_rest(self, data: _Buffer, sent: int, timeout_s: float | None, *, everything: bool) -> int:
         view = memoryview(data).cast("B")
         deadline = deadline_of(NONBLOCKING_WAIT_S if timeout_s == 0.0 else timeout_s)
-        connection = self.connection
         while sent < len(view):
-            try:
-                if connection.must_wait_to_write():
-                    try:
-                        self._sleeper.sleep(deadline, mirrored=self._is_mirrored, done=self._may_write)
-                    finally:
-                        connection.awake(writer=True)
-            except TimeoutError:
-                if timeout_s == 0.0:
-                    raise would_block() from None
-                raise
-            taken = connection.send(view[sent:])
+            self._sleep_for_room(deadline, timeout_s)
+            taken = self.connection.send(view[sent:])
             sent += taken
             if _mirrored_here:
                 self._tell_peer_here()
             if taken and not everything:
                 break
-            if not taken and deadline != _FOREVER and time.monotonic() > deadline:
-                if timeout_s == 0.0:
-                    raise would_block()
-                raise TimeoutError("timed out")
+            if not taken:
+                _check_time(deadline, timeout_s)
         return sent
+
+    def _sleep_for_room(self, deadline: float, timeout_s: float | None) -> None:
+        """Wait until there may be room. Raises OSError: the time is over."""
+        connection = self.connection
+        try:
+            if connection.must_wait_to_write():
+                try:
+                    self._sleeper.sleep(deadline, mirrored=self._is_mirrored, done=self._may_write)
+                finally:
+                    connection.awake(writer=True)
+        except TimeoutError:
+            if timeout_s == 0.0:
+                raise would_block() from None
+            raise
+
+    def lend_room(self, size: int, timeout_s: float | None) -> SendLoan:
+        """Lend room for up to `size` bytes in the peer's ring. Raises OSError: as a send; BufferError."""
+        lock = self._writing
+        if not lock.acquire(False):
+            wait_for_turn(lock, self._send_loan, timeout_s)
+        try:
+            if self._send_loan is not None:
+                self._send_loan.settle()
+            view = self.connection.lend_room(size)
+            if not view:
+                deadline = deadline_of(NONBLOCKING_WAIT_S if timeout_s == 0.0 else timeout_s)
+                while not view:
+                    self._sleep_for_room(deadline, timeout_s)
+                    view = self.connection.lend_room(size)
+                    if not view:
+                        _check_time(deadline, timeout_s)
+            made = self._send_loan = SendLoan(view, self._publish, check_open=self._check_open, lock=lock)
+        except BaseException:
+            lock.release()
+            raise
+        return made
+
+    def _publish(self, count: int) -> None:
+        self._send_loan = None
+        publish(self.connection, count)
+        if count and _mirrored_here:
+            self._tell_peer_here()
 
     def send_now(self, data: _Buffer) -> int:
         """Send what fits of `data`, without waiting. Returns bytes sent, 0 for none. Raises OSError: as TCP."""
-        with _Held(self._writing, 0.0):
+        with _Held(self._writing, self._send_loan, 0.0):
+            if self._send_loan is not None:
+                self._send_loan.settle()
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
@@ -435,8 +517,20 @@ class Channel:
         self._sleeper.wake()
 
 
-def _wait_for_turn(lock: threading.Lock, timeout_s: float | None) -> None:
-    """Acquire the lock of a direction that another thread uses, within the timeout. Raises OSError: as TCP."""
+def _check_time(deadline: float, timeout_s: float | None) -> None:
+    """Raise what a call raises whose time is over, if it is. A non-blocking call has a deadline too."""
+    if deadline != _FOREVER and time.monotonic() > deadline:
+        if timeout_s == 0.0:
+            raise would_block()
+        raise TimeoutError("timed out")
+
+
+def wait_for_turn(lock: threading.Lock, loan: Loan | None, timeout_s: float | None) -> None:
+    """Acquire the lock of a direction that another thread uses, or has a loan of, within the timeout.
+
+    Raises OSError: as TCP; EDEADLK when this thread has the loan.
+    """
+    check_turn(loan)
     if timeout_s == 0.0:
         raise would_block()
     if not lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
@@ -448,10 +542,10 @@ class _Held:
 
     __slots__ = ("_lock",)
 
-    def __init__(self, lock: threading.Lock, timeout_s: float | None) -> None:
+    def __init__(self, lock: threading.Lock, loan: Loan | None, timeout_s: float | None) -> None:
         self._lock = lock
         if not lock.acquire(blocking=False):
-            _wait_for_turn(lock, timeout_s)
+            wait_for_turn(lock, loan, timeout_s)
 
     def __enter__(self) -> None:
         pass

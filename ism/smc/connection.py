@@ -43,6 +43,7 @@ from ism.shm.kernels import load_kernels
 from ism.smc.group import Address, link_groups
 from ism.smc.handshake_machine import PeerAnswer
 from ism.smc.states import ConnectionStates, Outcome, State, Step
+from ism.smc.tuning import Tuner
 from ism.virtio.ism_spec import EventType
 
 _REATTACH_S = 0.05
@@ -100,16 +101,25 @@ class Connection:
 
     Attributes: `peer` (what the peer said of itself), `endpoint` (for zero-copy use), `rx`, `tx` (regions), `fd`
     (see `fileno`), `client_side` (this side has connected), `client_address` (of the client, when the manager has said
-    that it is the peer's), `closed_first` (this side has closed in good order, before the peer did).
+    that it is the peer's), `closed_first` (this side has closed in good order, before the peer did),
+    `unread_lent`, `room_lent` (a view that `lend_unread` or `lend_room` gave may be in use; cleared by whoever has it).
     """
 
     def __init__(
-        self, tcp: HasFileno, rx: Region, tx: Region | Nowhere, peer: PeerAnswer, *, client_side: bool = False
+        self,
+        tcp: HasFileno,
+        rx: Region,
+        tx: Region | Nowhere,
+        peer: PeerAnswer,
+        *,
+        client_side: bool = False,
+        buffer_limit: int = 0,
     ) -> None:
         """Take over both regions; the TCP socket stays the caller's, who closes it after `close`.
 
         Args: `tx`: `Nowhere` when the region that the peer named does not exist (any more), as when it sent, and closed
             or died, before this side came to attach it: what it sent is received as ever, and then its end.
+            `buffer_limit`: bytes up to which the ring that is received in may grow, 0: not at all.
         Raises: ValueError (a region too small for a ring), StaleRegionError; then the regions stay the caller's.
         """
         self.peer, self.rx, self.tx, self.client_side = peer, rx, tx, client_side
@@ -128,13 +138,14 @@ class Connection:
         self._device_lost = False
         self._local_wake: Callable[[], None] | None = None
         self.endpoint = Endpoint(rx, tx, doorbell=self._doorbell)
+        self._tuner = Tuner(self.endpoint, rx.device, peer.devid, buffer_limit)
         self._flags_word = rx.view[FLAGS : FLAGS + 4].cast("I")
         self._flags_seen = 0
         self._outcome_seen = Outcome.GOES
         self._closed = False
         self._spoilt = self._was_reset = self._detached = False
         self._read_ended = self._write_ended = False
-        self.closed_first = False
+        self.closed_first = self.unread_lent = self.room_lent = False
 
     def start(self) -> None:
         """Enter the established state and begin to watch for the peer's end.
@@ -306,6 +317,37 @@ class Connection:
         except ProtocolError as exc:
             self._refuse(exc)
 
+    def lend_room(self, size: int) -> memoryview:
+        """Lend up to `size` contiguous bytes of the peer's ring to write in; `commit` sends them.
+
+        Returns: a view, empty when the ring is full. Nothing is sent before `commit`. Raises OSError as `send`.
+        """
+        if self._flags_word[0] != self._flags_seen or self._peer_gone or self._send_outcome is not Outcome.GOES:
+            self._check_sendable()
+        self.room_lent = True  # before the look: `close`, in another thread, must see it
+        try:
+            view = self.endpoint.lend_room(size)
+            if not view and self.endpoint.writable_bytes(wait=True):
+                view = self.endpoint.lend_room(size)
+        except BaseException as exc:
+            self.room_lent = False
+            if isinstance(exc, ProtocolError):
+                self._refuse(exc)
+            raise
+        if not view:
+            self.room_lent = False
+        return view
+
+    def commit(self, count: int) -> None:
+        """Send the first `count` bytes of what `lend_room` lent, the rest is withdrawn. Raises OSError as `send`."""
+        changed = self._flags_word[0] != self._flags_seen or self._peer_gone
+        if count and (changed or self._send_outcome is not Outcome.GOES):
+            self._check_sendable()
+        try:
+            self.endpoint.commit(count)
+        except ProtocolError as exc:
+            self._refuse(exc)
+
     def writable(self) -> bool:
         """Whether a send would take bytes, or fail, at once. Raises OSError as `send`."""
         self._check_sendable()
@@ -379,6 +421,35 @@ class Connection:
         except ProtocolError as exc:
             self._refuse(exc)
         return b"" if self._at_end() else None
+
+    def lend_unread(self, max_bytes: int, wait: bool = True) -> memoryview | None:
+        """Lend the contiguous bytes that come first, up to `max_bytes`, until `consume`, and no receive before that.
+
+        Returns: a read-only view, empty at the end of the stream; None when nothing is there yet. Raises as `recv`.
+        """
+        if self._closed:
+            raise os_error(Outcome.EBADF)
+        self.unread_lent = True  # before the look: `close`, in another thread, must see it
+        try:
+            while not (view := self.endpoint.lend_unread(max_bytes, wait)):
+                if self._nothing_more():
+                    self.unread_lent = False
+                    return view if self._at_end() else None
+        except BaseException as exc:
+            self.unread_lent = False
+            if isinstance(exc, ProtocolError):
+                self._refuse(exc)
+            raise
+        return view
+
+    def consume(self, count: int) -> None:
+        """Give back the first `count` of the bytes that were lent. Raises OSError (EBADF, ECONNABORTED)."""
+        if self._closed:
+            raise os_error(Outcome.EBADF)
+        try:
+            self.endpoint.consume(count)
+        except ProtocolError as exc:
+            self._refuse(exc)
 
     def readable(self) -> bool:
         """Whether a receive would give bytes, the end or an error at once. Raises nothing."""
@@ -500,7 +571,8 @@ class Connection:
             self.rx.on_event(None)
         self._flags_word = memoryview(bytes(4)).cast("I")
         self._local_wake = None
-        quiet = self.endpoint.close() and not self.endpoint.lent
+        quiet = self.endpoint.close() and not (self.endpoint.lent or self.unread_lent or self.room_lent)
+        self._tuner.close()
         self._let_go(reusable=quiet and self._started and not self._spoilt and not self._detached)
 
     def _let_go(self, *, reusable: bool) -> None:

@@ -31,8 +31,11 @@ from ism.virtio.ism_spec import Ack, Permission
 MESSAGE_TIMEOUT_S = 6.0
 """How long the rest of a message, and the CONFIRM after an ACCEPT, may take (Linux: CLC wait time)."""
 
-DEFAULT_BUFFER = 1024 * 1024
-"""Bytes of the region each side receives in."""
+DEFAULT_BUFFER = 64 * 1024
+"""Bytes of the region each side receives in, at first."""
+
+DEFAULT_LIMIT = 16 * 1024 * 1024
+"""Bytes up to which its ring may grow."""
 
 SMALLEST_BUFFER = 16 * 1024
 """Less cannot be announced (CLC size code 0)."""

@@ -59,6 +59,7 @@ from ism.smc.handshake_machine import (
     Drained,
     MustDecline,
     PeerAccepted,
+    PeerAnswer,
     PeerDeclined,
     Proposed,
     ServerHandshake,
@@ -137,12 +138,14 @@ class Link:
         server_side: bool,
         device: Device,
         buffer_size: int = handshake.DEFAULT_BUFFER,
+        buffer_limit: int = 0,
         required: bool = False,
         settled: Callable[[Link], None] | None = None,
     ) -> None:
         """Start for a connected (or, for a client, about to be connected) TCP socket, whose descriptor is borrowed.
 
         Args:
+            buffer_size, buffer_limit: of the region this side receives in, and up to which its ring may grow, bytes.
             owner: kept alive while a connection is established; never an object that refers to this one.
             required: falling back to TCP is an error.
             settled: called once when it is settled, with the lock held; must not wait.
@@ -155,7 +158,7 @@ class Link:
         self.error: Exception | None = None
         self.by_peer = self.reused = False
         self._settled = settled
-        self._buffer_size = buffer_size
+        self._buffer_size, self._buffer_limit = buffer_size, buffer_limit
         self.raw = raw_socket(family, fd)
         self.raw.owner = owner
         self._fd = fd
@@ -285,9 +288,7 @@ class Link:
         own.on_event(None)
         self.reused = True
         try:
-            self.connection = connection = Connection(
-                self.raw, own, attached, pair.answer, client_side=not self.server_side
-            )
+            self.connection = connection = self._connection(own, attached, pair.answer)
         except (IsmError, ValueError) as exc:
             own.close()
             attached.close()
@@ -812,7 +813,7 @@ class Link:
         assert rx is not None
         assert tx is not None
         try:
-            connection = self.connection = Connection(self.raw, rx, tx, answer, client_side=not self.server_side)
+            connection = self.connection = self._connection(rx, tx, answer)
             self._rx = self._tx = None
             message = self._machine.confirm(rx.token, handshake.announced(rx))
         except (IsmError, ValueError) as exc:
@@ -827,7 +828,7 @@ class Link:
         assert rx is not None
         self._unwatch()
         try:
-            self.connection = connection = Connection(self.raw, rx, tx, answer, client_side=not self.server_side)
+            self.connection = connection = self._connection(rx, tx, answer)
         except (IsmError, ValueError) as exc:
             tx.close()
             self._break(exc)
@@ -837,6 +838,10 @@ class Link:
             connection.client_address = self.client_address
         self._write(BALLAST)
         self._started(connection)
+
+    def _connection(self, rx: Region, tx: Region | Nowhere, peer: PeerAnswer) -> Connection:
+        limit = self._buffer_limit
+        return Connection(self.raw, rx, tx, peer, client_side=not self.server_side, buffer_limit=limit)
 
     def _started(self, connection: Connection) -> None:
         if self.stage in _SETTLED:

@@ -27,10 +27,12 @@ from ism.driver import Device
 from ism.errors import IsmError
 from ism.smc.connection import Connection
 from ism.smc.info import Info
+from ism.smc.lending import room_size, view_size
 from ism.smc.policy import Mode
 from ism.smc.rendezvous import OFF
 from ism.smc.trio_channel import BrokenLinkError, TrioChannel
 from ism.smc.trio_factory import socket
+from ism.smc.trio_lending import ReceiveView, SendBuffer
 from ism.smc.trio_socket import SmcSocket, policy_for
 from ism.smc.trio_wait import default_device
 
@@ -63,6 +65,8 @@ class SmcStream(trio.abc.HalfCloseableStream):
         self._plain = self._over_tcp if self._channel.link is None and self._channel.policy.mode != "require" else None
         self._broken: BaseException | None = None
         self._sending = self._receiving = False
+        self._view: ReceiveView | None = None
+        self._buffer: SendBuffer | None = None
 
     def smc_info(self) -> Info:
         """Tell how the bytes of this stream travel, and why."""
@@ -119,7 +123,6 @@ class SmcStream(trio.abc.HalfCloseableStream):
 
     async def _break(self, exc: Exception) -> NoReturn:
         """Turn what the connection raised into trio's error."""
-        self._channel.receive_turns.forget()
         self._channel.send_turns.forget()
         await trio.lowlevel.cancel_shielded_checkpoint()
         if self._channel.closed:
@@ -128,10 +131,13 @@ class SmcStream(trio.abc.HalfCloseableStream):
             self._broken = exc
         raise trio.BrokenResourceError(f"the connection is broken: {exc}") from exc
 
-    @staticmethod
-    async def _busy(what: str) -> NoReturn:
+    async def _turn(self, loan: ReceiveView | SendBuffer | None, what: str) -> None:
+        """Refuse a second task. A loan whose block is over is ended now, if nobody looks at its memory any more."""
+        if loan is not None and loan.pinned:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return await loan.__aexit__(None, None, None)
         await trio.lowlevel.checkpoint()
-        raise trio.BusyResourceError(f"another task is {what} this stream")
+        raise trio.BusyResourceError(f"another task is {what} this stream, or has its memory lent")
 
     # -- sending ------------------------------------------------------------------------------------------------
 
@@ -141,10 +147,10 @@ class SmcStream(trio.abc.HalfCloseableStream):
         Returns when all bytes are in the peer's memory, or the kernel's. Raises: ClosedResourceError,
         BrokenResourceError, BusyResourceError, TypeError. Cancellation: an unknown part was sent; close the stream.
         """
-        if self._plain is not None:
+        if self._plain is not None and not self._sending:
             return await self._plain.send_all(data)
         if self._sending:
-            await self._busy("sending on")
+            await self._turn(self._buffer, "sending on")
         self._sending = True
         try:
             channel = self._channel
@@ -158,7 +164,9 @@ class SmcStream(trio.abc.HalfCloseableStream):
             sent = connection.send(data) if size <= _LARGEST_PIECE else 0
             if sent != size:
                 await self._send_rest(connection, data, sent)
-            await channel.send_turns.over()
+            turns = channel.send_turns
+            if turns.due():
+                await turns.over()
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:
@@ -187,10 +195,10 @@ class SmcStream(trio.abc.HalfCloseableStream):
 
         Raises: ClosedResourceError, BrokenResourceError, BusyResourceError.
         """
-        if self._plain is not None:
+        if self._plain is not None and not self._sending:
             return await self._plain.wait_send_all_might_not_block()
         if self._sending:
-            await self._busy("sending on")
+            await self._turn(self._buffer, "sending on")
         self._sending = True
         try:
             connection = await self._sendable()
@@ -209,10 +217,10 @@ class SmcStream(trio.abc.HalfCloseableStream):
 
         Raises: ClosedResourceError, BrokenResourceError, BusyResourceError.
         """
-        if self._plain is not None:
+        if self._plain is not None and not self._sending:
             return await self._plain.send_eof()
         if self._sending:
-            await self._busy("sending on")
+            await self._turn(self._buffer, "sending on")
         self._sending = True
         try:
             if self._channel.write_ended:
@@ -237,7 +245,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
         Returns: bytes, or b"" at the end of the stream. Raises: ClosedResourceError, BrokenResourceError (once all
         bytes that came before were read), BusyResourceError, ValueError, TypeError. Cancellation: nothing is lost.
         """
-        if self._plain is not None:
+        if self._plain is not None and not self._receiving:
             return await self._plain.receive_some(max_bytes)
         if max_bytes is None:
             max_bytes = _DEFAULT_RECEIVE
@@ -247,18 +255,24 @@ class SmcStream(trio.abc.HalfCloseableStream):
                 await trio.lowlevel.checkpoint()
                 raise ValueError(f"max_bytes is {max_bytes}, must be 1 or more")
         if self._receiving:
-            await self._busy("receiving from")
+            await self._turn(self._view, "receiving from")
         self._receiving = True
         try:
-            connection = self._channel.connection
-            if connection is None or self._channel.closed:
+            channel = self._channel
+            connection = channel.connection
+            if connection is None or channel.closed:
                 connection = await self._receivable()
                 if connection is None:
                     return await self._over_tcp.receive_some(max_bytes)
-            await trio.lowlevel.checkpoint_if_cancelled()
-            while (data := connection.recv(max_bytes)) is None:
-                await self._channel.wait_readable(connection)
-            await self._over(data)
+            turns = channel.receive_turns
+            if turns.due():
+                await channel.yield_to_receive()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            while (data := connection.recv(max_bytes, turns.alone)) is None:
+                await channel.wait_readable(connection)
+            if not data:
+                await self._before_the_end()
         except (IsmError, OSError) as exc:
             await self._break(exc)
         finally:
@@ -280,7 +294,7 @@ class SmcStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             raise ValueError("the buffer is empty, must have room for 1 byte or more")
         if self._receiving:
-            await self._busy("receiving from")
+            await self._turn(self._view, "receiving from")
         self._receiving = True
         try:
             connection = self._channel.connection
@@ -288,10 +302,11 @@ class SmcStream(trio.abc.HalfCloseableStream):
                 connection = None if self._plain is not None else await self._receivable()
                 if connection is None:
                     return await self._channel.tcp.recv_into(view)
-            await trio.lowlevel.checkpoint_if_cancelled()
-            while (count := connection.recv_into(view)) is None:
+            await self._channel.begin_receiving()
+            while (count := connection.recv_into(view, self._channel.receive_turns.alone)) is None:
                 await self._channel.wait_readable(connection)
-            await self._over(count)
+            if not count:
+                await self._before_the_end()
         except (IsmError, OSError) as exc:
             if self._plain is not None and isinstance(exc, OSError) and exc.errno == errno.EBADF:
                 raise trio.ClosedResourceError("this stream is closed") from None
@@ -302,18 +317,37 @@ class SmcStream(trio.abc.HalfCloseableStream):
             self._check_usable()
         return count
 
-    async def _over(self, received: bytes | int) -> None:
-        """Yield, if it is time to; always at the end of the stream: a sleeping sender finds out now if it is none."""
-        turns = self._channel.receive_turns
-        if received:
-            return await turns.over()
-        turns.forget()
+    @staticmethod
+    async def _before_the_end() -> None:
+        """Yield before the end of the stream is believed: a sleeping sender finds out now if it is none."""
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return None
 
     async def _receivable(self) -> Connection | None:
         await trio.lowlevel.checkpoint()
         return await self._decided(self._channel.to_receive)
+
+    # -- without a copy -----------------------------------------------------------------------------------------
+
+    def receive_view(self, max_bytes: int | None = None) -> ReceiveView:
+        """Receive without a copy: `async with stream.receive_view() as lent:`, then look at `lent.view`.
+
+        Entering waits for a byte or more, and lends them where they lie in the ring: up to `max_bytes`, as far as they
+        are contiguous (over TCP a copy, of 64 KiB if `max_bytes` is None). `len(lent)` is 0 at the end of the stream.
+        Leaving consumes all of them, or as `lent.consume(count)` said; with an exception nothing. What a loan is, and
+        when leaving it is a BufferError, is in `ism.smc.lending`.
+        Raises: ValueError, TypeError; entering and leaving: as `receive_some`. Cancellation: nothing is lost.
+        """
+        return ReceiveView(self, view_size(max_bytes))
+
+    def send_buffer(self, size: int) -> SendBuffer:
+        """Send without a copy: `async with stream.send_buffer(size) as lent:`, then write into `lent.view`.
+
+        Entering waits for room, and lends 1 to `size` contiguous bytes of the peer's ring (over TCP, ordinary memory).
+        Leaving sends all of them, or as `lent.commit(count)` said; with an exception, Cancelled too, nothing.
+        Raises: ValueError, TypeError; entering and leaving: as `send_all`, and BufferError. Cancellation: nothing was
+        sent; over TCP, when it comes while the block is left, an unknown part.
+        """
+        return SendBuffer(self, room_size(size))
 
     # -- the end ------------------------------------------------------------------------------------------------
 

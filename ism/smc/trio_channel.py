@@ -91,6 +91,8 @@ class TrioChannel:
         self.relay: Relay | None = None
         self._sleeper = Sleeper()
         self._receiving = self._sending = False
+        self._beginning = 0
+        self._yielded_twice = False
         self.receive_turns, self.send_turns = Turns(), Turns()
         if policy.mode != "off":
             monitor.track(self)
@@ -135,6 +137,7 @@ class TrioChannel:
             server_side=server_side,
             device=device,
             buffer_size=self.policy.buffer_size,
+            buffer_limit=self.policy.buffer_limit,
             required=self.policy.mode == "require",
             settled=_weakly(self),
         )
@@ -295,6 +298,25 @@ class TrioChannel:
         else:
             self._receiving = waiting
 
+    async def begin_receiving(self) -> None:
+        """See cancellation and yield, if it is time to, before a receive. The descriptor stays here meanwhile."""
+        if self.receive_turns.due():
+            await self.yield_to_receive()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def yield_to_receive(self) -> None:
+        """Yield before a receive. Raises Cancelled; then nothing has been done."""
+        turns = self.receive_turns
+        left = turns.leave()
+        self._yielded_twice = False
+        self._beginning += 1
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            self._beginning -= 1
+        turns.back(left)
+
     async def wait_readable(self, connection: Connection) -> None:
         """Sleep until a receive may give something; may return for nothing, and without having slept.
 
@@ -302,11 +324,16 @@ class TrioChannel:
         """
         if self._receiving:
             raise trio.BusyResourceError("another task is already reading from it")
+        if not self.receive_turns.alone and not self._yielded_twice:
+            await self.yield_to_receive()  # the others may be done by then, and what is waited for may have come
+            self._yielded_twice = True
+            return
         if connection.must_wait_to_read():
             self._receiving = True
+            left = self.receive_turns.leave()
             try:
                 await self._sleeper.sleep(connection)
-                self.receive_turns.slept()
+                self.receive_turns.back(left)
             finally:
                 self._receiving = False
                 connection.awake(writer=False)
@@ -352,10 +379,12 @@ class TrioChannel:
             self._put_relay(link)
 
     def _put_relay(self, link: Link) -> None:
-        if self._receiving or self._sending:
+        if self._receiving or self._sending or self._beginning:
             raise trio.BusyResourceError("another task is using this socket")
         connection = link.connection
         assert connection is not None
+        if connection.unread_lent or connection.room_lent:
+            raise trio.BusyResourceError("memory of this connection is lent")
         self.relay = Relay(self.tcp.fileno(), link, Channel(connection, link.raw, max_spin_ns=0, mirrored=False))
         self.link = self.connection = self._waiter = None
         self.plain = True

@@ -289,7 +289,11 @@ class SmcSocket(trio.socket.SocketType):
             size = len(data) if type(data) is bytes else memoryview(data).nbytes
             if size > _LARGEST_PIECE:
                 data = memoryview(data).cast("B")[:_LARGEST_PIECE]
-            while not (sent := connection.send(data)) and size:
+            while True:
+                if connection.room_lent:
+                    raise trio.BusyResourceError("another task has memory of this connection lent")
+                if (sent := connection.send(data)) or not size:
+                    break
                 await self.channel.wait_writable(connection)
         finally:
             await self.channel.send_turns.over()
@@ -354,17 +358,17 @@ class SmcSocket(trio.socket.SocketType):
             await trio.lowlevel.checkpoint()
             return b""
         if flags & _std.MSG_PEEK:
-            return await self._receive(connection, lambda: connection.peek(buflen))
-        return await self._receive(connection, lambda: connection.recv(buflen))
+            return await self._receive(connection, lambda wait: connection.peek(buflen))
+        return await self._receive(connection, lambda wait: connection.recv(buflen, wait))
 
-    async def _receive(self, connection: Connection, attempt: Callable[[], T | None]) -> T:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            while (result := attempt()) is None:
-                await self.channel.wait_readable(connection)
-        finally:
-            await self.channel.receive_turns.over()
-        return result
+    async def _receive(self, connection: Connection, attempt: Callable[[bool], T | None]) -> T:
+        await self.channel.begin_receiving()
+        while True:
+            if connection.unread_lent:
+                raise trio.BusyResourceError("another task has memory of this connection lent")
+            if (result := attempt(self.channel.receive_turns.alone)) is not None:
+                return result
+            await self.channel.wait_readable(connection)
 
     async def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """As `socket.recv_into`: one copy, from shared memory into the buffer."""
@@ -381,7 +385,7 @@ class SmcSocket(trio.socket.SocketType):
         if not len(view):
             await trio.lowlevel.checkpoint()
             return 0
-        return await self._receive(connection, lambda: connection.recv_into(view))
+        return await self._receive(connection, lambda wait: connection.recv_into(view, wait))
 
     async def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
         """As `socket.recvfrom`: TCP gives no address."""

@@ -12,6 +12,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Generator
+from time import perf_counter
 from typing import TypeVar
 
 import trio
@@ -83,41 +84,83 @@ async def run_steps(steps: Generator[Command, None, T]) -> T:
             return result
 
 
-class Turns:
-    """When a task that has moved bytes lets others run: after each call, or once in a while.
+class _Crowd:
+    """The tasks of one run that move bytes. Attributes: `turns` (taken by all of them)."""
 
-    Trio's rule is that every call yields, which costs more than the call. With `amortised` a call still sees
-    cancellation, but yields only when the task has run for `TURN_S`; a call that slept has yielded anyway.
-    Attributes: `amortised`.
+    __slots__ = ("turns",)
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+
+_CROWD: trio.lowlevel.RunVar[_Crowd] = trio.lowlevel.RunVar("ism.smc.crowd")
+
+
+class Turns:
+    """When a task that moves bytes lets others run: in each call, or once in a while.
+
+    Trio's rule is that every call yields, which costs more than the rest of the call. With `amortised` a call still
+    sees cancellation, but yields only when the task has run for `TURN_S`; sleeping is yielding too.
+
+    A send yields last (`over`): the peer works on what was sent meanwhile. A receive yields first (between `leave` and
+    `back`): what it waits for is on its way meanwhile, and when it has come it is not held up.
+
+    A spin keeps all tasks from running. So a receive spins only if nobody else in this run has moved bytes while the
+    task last yielded or slept. In a crowd it yields once more, then it sleeps, and the others go on.
+    Attributes: `amortised`, `alone` (whether a spin is likely to hold up nobody).
     """
 
-    __slots__ = ("_ends_s", "_slept", "amortised")
+    __slots__ = ("_crowd", "_ends_s", "_slept", "alone", "amortised")
 
     def __init__(self) -> None:
         self.amortised = self._slept = False
+        self.alone = True
         self._ends_s = 0.0
+        self._crowd: _Crowd | None = None
+
+    def due(self) -> bool:
+        """Whether it is time to yield."""
+        return not self.amortised or perf_counter() >= self._ends_s
+
+    def leave(self) -> int:
+        """Note that others may run from now on. Returns what `back` needs."""
+        crowd = self._crowd or self._join()
+        crowd.turns += 1
+        return crowd.turns
+
+    def back(self, left: int) -> None:
+        """Note that others have run since `leave`: a new turn begins."""
+        assert self._crowd is not None
+        self.alone = self._crowd.turns == left
+        if self.amortised:
+            self._ends_s = perf_counter() + TURN_S
 
     def slept(self) -> None:
-        """Note that the task has slept: others have run."""
+        """Note that the task has slept in a call that ends with `over`, which need not yield then."""
         self._slept = True
+        self._ends_s = perf_counter() + TURN_S
 
     def forget(self) -> None:
-        """Note that the call that slept has failed: the next one yields for itself."""
+        """Note that the call that slept has failed, and not ended with `over`: the next one yields for itself."""
         self._slept = False
 
     async def over(self) -> None:
         """Yield, if it is time to. Never raises Cancelled. The last thing a call does that may have slept."""
         if self._slept:
             self._slept = False
-        elif not self.amortised:
-            return await trio.lowlevel.cancel_shielded_checkpoint()
-        elif time.perf_counter() < self._ends_s:
-            return None
-        else:
+        elif not self.amortised or perf_counter() >= self._ends_s:
+            (self._crowd or self._join()).turns += 1
             await trio.lowlevel.cancel_shielded_checkpoint()
-        if self.amortised:
-            self._ends_s = time.perf_counter() + TURN_S
-        return None
+            if self.amortised:
+                self._ends_s = perf_counter() + TURN_S
+
+    def _join(self) -> _Crowd:
+        try:
+            self._crowd = _CROWD.get()
+        except LookupError:
+            self._crowd = _Crowd()
+            _CROWD.set(self._crowd)
+        return self._crowd
 
 
 class LinkWaiter:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SPIN models, of sleep and wake, of the decision about a connection, of offers: correct as written, and found
-wrong as soon as one part is removed."""
+"""The SPIN models, of sleep and wake, of the decision about a connection, of offers, of streams that change rings.
+
+Correct as written, and found wrong as soon as one part is removed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import pytest
 
 MODELS = Path(__file__).parents[2] / "docs" / "models"
 PARK, DECISION, OFFER = MODELS / "park.pml", MODELS / "decision.pml", MODELS / "offer.pml"
+MOVE = MODELS / "move.pml"
 
 REMOVALS = [
     "NO_PUBLISH_FENCE",
@@ -46,6 +49,16 @@ OFFER_REMOVALS = [
     "ZERO_LATE",
     "OFFER_EARLY",
     "RESET_AT_END",
+]
+MOVE_REMOVALS = [
+    "MOVE_LATE",
+    "CURSOR_LATE",
+    "OFFER_EARLY",
+    "TWO_MOVES",
+    "LOOK_FIRST",
+    "NO_RELOAD",
+    "NO_CLAMP",
+    "RETIRE_EARLY",
 ]
 FENCES_X86_NEEDS = [name for name in REMOVALS if name.endswith("_FENCE")]
 
@@ -140,3 +153,26 @@ def test_removing_one_part_of_an_offer_breaks_the_model(tmp_path: Path, removal:
 
 def test_the_list_of_the_offer_s_removals_is_the_models() -> None:
     assert macros_of(OFFER) == set(OFFER_REMOVALS)
+
+
+# -- moves
+
+
+def test_a_stream_that_changes_rings_comes_out_as_it_went_in_and_every_step_can_happen(tmp_path: Path) -> None:
+    output = explore(tmp_path, model=MOVE)
+    assert errors(output) == 0
+    assert [int(number) for number in re.findall(r"\((\d+) of \d+ states\)", output)] == [
+        1,
+        0,
+        0,
+        0,
+    ]  # the bus never ends
+
+
+@pytest.mark.parametrize("removal", MOVE_REMOVALS)
+def test_removing_one_part_of_a_move_breaks_the_model(tmp_path: Path, removal: str) -> None:
+    assert check(tmp_path, removal, model=MOVE) == 1
+
+
+def test_the_list_of_the_moves_removals_is_the_models() -> None:
+    assert macros_of(MOVE) == set(MOVE_REMOVALS)

@@ -126,3 +126,14 @@ import ism, ism.errors, ism.layout, ism.ids, ism.memory
 print("numba" in sys.modules)
 """
     assert output(start(program)) == ["False"]
+
+
+def test_a_change_in_any_module_compiled_into_the_kernels_makes_the_cache_stale(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(Path(ism.__file__).parent, root / "ism", ignore=shutil.ignore_patterns("__pycache__"))
+    cache = str(tmp_path / "cache")
+    assert "compiling" in output(start(root=str(root), NUMBA_CACHE_DIR=cache))[0]
+    assert len(output(start(root=str(root), NUMBA_CACHE_DIR=cache))) == 1
+    helper = root / "ism" / "shm" / "observe.py"
+    os.utime(helper, ns=(0, helper.stat().st_mtime_ns + 1_000_000_000))
+    assert "compiling" in output(start(root=str(root), NUMBA_CACHE_DIR=cache))[0]

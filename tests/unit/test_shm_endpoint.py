@@ -359,8 +359,8 @@ def budget(end: Endpoint) -> int:
 
 def test_spins_in_vain_use_up_the_budget_and_a_success_restores_it() -> None:
     pair = Pair(max_spin_ns=MAX_SPIN_NS, kernels=(1, 2))
-    pair.a._words[words.ALONE] = 0
-    pair.b._words[words.ALONE] = 0
+    pair.a.send(b"x")
+    pair.b.recv(1)  # from here on it knows that the peer is elsewhere
     assert budget(pair.b) == MAX_SPIN_NS
     for _ in range(20):
         assert pair.b.recv(1) is None
@@ -377,19 +377,18 @@ def test_spins_in_vain_use_up_the_budget_and_a_success_restores_it() -> None:
     try:
         for _ in range(200_000):
             pair.b.recv(RING)
-            if budget(pair.b) == FAR_SPIN_FACTOR * MAX_SPIN_NS:
+            if budget(pair.b) >= FAR_SPIN_FACTOR * MAX_SPIN_NS:
                 break
     finally:
         stop.set()
         thread.join(10)
-    assert budget(pair.b) == FAR_SPIN_FACTOR * MAX_SPIN_NS  # the peer is behind another kernel
+    assert budget(pair.b) >= FAR_SPIN_FACTOR * MAX_SPIN_NS  # the peer is behind another kernel
 
 
 def test_ends_on_the_same_cpu_of_the_same_kernel_do_not_spin() -> None:
     cpu_at = Header.offset_of("cpu")
     for same_kernel in (False, True):
         pair = Pair(max_spin_ns=MAX_SPIN_NS, kernels=(7, 7) if same_kernel else (7, 8))
-        pair.b._words[words.ALONE] = 0
         pair.a.send(b"x")
         pair.b.recv(1)
         for cpu in range(1, 4097):  # claim every CPU in turn: the one this thread is on is among them
@@ -400,18 +399,6 @@ def test_ends_on_the_same_cpu_of_the_same_kernel_do_not_spin() -> None:
                 break
             pair.b.max_spin_ns = MAX_SPIN_NS
         assert (cpu < 4096) == same_kernel
-
-
-def test_a_process_with_one_cpu_spins_only_for_a_peer_known_to_be_elsewhere() -> None:
-    for kernels, spins in (((0, 0), False), ((7, 0), False), ((7, 8), True)):
-        pair = Pair(max_spin_ns=MAX_SPIN_NS, kernels=kernels)
-        pair.b._words[words.ALONE] = 1
-        pair.a.send(b"x")
-        pair.b.recv(1)  # from here on it knows who the peer is
-        before = budget(pair.b)
-        for _ in range(20):
-            assert pair.b.recv(1) is None
-        assert (budget(pair.b) < before) == spins, kernels
 
 
 def test_the_kernel_id_is_stable_and_fits_the_header() -> None:
