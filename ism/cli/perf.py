@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -65,6 +67,7 @@ def perf(ctx: click.Context, /, server: bool, host: str | None, port: int, **opt
     ism perf -s [-p PORT]
     ism perf -c HOST [-t SECS | -n BYTES] [-l SIZE] [-P STREAMS] [-R | --bidir]
     ism perf -c HOST --latency [--rate N]
+    ism perf compare [--quick] [--json FILE] [--html FILE]   (with their peers; see its --help)
     """
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
     if ctx.invoked_subcommand is not None:
@@ -143,3 +146,85 @@ def _test(host: str, port: int, options: dict[str, Any]) -> None:
     if client.report.interrupted:
         sys.exit(_INTERRUPTED)
     sys.exit(1 if client.report.error else 0)
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------
+
+
+@perf.command(context_settings={"max_content_width": 100})
+@click.option("--quick", is_flag=True, help="Three rounds of short samples, pinned only: below two minutes.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything as one JSON document; -: standard output.")
+@click.option("--html", "html_file", metavar="FILE", help="Write a page with tables and charts; needs matplotlib.")
+@click.option("--rounds", type=click.IntRange(1, 100), metavar="N", help="Rounds.  [default: 5; 3 with --quick]")
+@click.option("--peers", metavar="A,B,...", help="Only these, by name or family.  [default: all that are installed]")
+@click.option("--seconds", type=click.FloatRange(0.001, 10), metavar="SECS", help="Length of a sample, about.")
+@click.option(
+    "--warm-up", type=click.FloatRange(0, 10), metavar="SECS", help="Time before it, in which nothing counts."
+)
+@click.option("--patience", type=click.IntRange(0, 10), metavar="N",
+              help="Take a sample that others disturb again, so often at most.  [default: 2; quick: 1]")  # fmt: skip
+@click.option("--sizes", metavar="A,B,...", help='Message sizes of the charts; none: "".  [default: 64,256,...,1M]')
+@click.option("--cpus", metavar="A,B", help="CPUs of the two ends.  [default: two cores close together]")
+@click.option("--seed", type=int, help="Of the order of the samples.  [default: the time]")
+def compare(json_file: str | None, html_file: str | None, **options: Any) -> None:
+    """Measure these sockets and their peers on this machine, in one run.
+
+    Two processes and a device manager of their own; every peer that is not installed is named and left out.
+    """
+    import time
+
+    from ism.perf.versus.catalog import chosen
+    from ism.perf.versus.machine import two_cpus
+    from ism.perf.versus.rounds import SIZES, Options
+
+    entries = chosen(options["peers"])
+    quick = options["quick"]
+    sizes: tuple[int, ...] = SIZES
+    if options["sizes"] is not None:
+        sizes = tuple(_size(text.strip()) for text in options["sizes"].split(",") if text.strip())
+    given = Options(
+        rounds=options["rounds"] or (3 if quick else 5),
+        free_rounds=0 if quick else 2,
+        sweep_rounds=1 if quick else 3,
+        warm_s=_or(options["warm_up"], 0.1 if quick else 0.25),
+        measure_s=_or(options["seconds"], 0.1 if quick else 0.25),
+        patience=(1 if quick else 2) if options["patience"] is None else options["patience"],
+        sizes=sizes,
+        seed=int(time.time()) if options["seed"] is None else options["seed"],
+        cpus=two_cpus(options["cpus"]),
+    )
+    for name in (json_file, html_file):
+        if name not in (None, "-") and not Path(str(name)).absolute().parent.is_dir():
+            raise click.FileError(str(name), "its folder does not exist")
+    if html_file is not None:
+        from ism.perf.plots import require
+
+        require()
+    from ism.perf.versus import result, text
+
+    signal.signal(signal.SIGTERM, _terminated)
+    document = result.measure(entries, given, lambda line: click.echo(line, err=True))
+    click.echo(text.report(document), err=json_file == "-")
+    if json_file is not None:
+        _write(json_file, json.dumps(document, indent=1))
+    if html_file is not None:
+        from ism.perf.versus.page import page
+
+        _write(html_file, page(document))
+
+
+def _terminated(*_: object) -> None:
+    """End as Ctrl-C does: what was started ends, and nothing is left behind."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _write(name: str, content: str) -> None:
+    try:
+        with click.open_file(name, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+    except OSError as exc:
+        raise click.FileError(name, exc.strerror or str(exc)) from exc

@@ -7,4 +7,6 @@ and the one that reports share), `on_blocking`, `on_trio`, `on_asyncio`, `on_vie
 `histogram`, `report`, `server`, `client`.
 
 The comparison of two transports in one run, for the demo and the benchmarks: `workloads`, `compare`, and its `far` end.
+
+`ism perf compare`, of these sockets with their peers: the package `versus`. `plots` draws charts.
 """
