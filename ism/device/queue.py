@@ -25,6 +25,8 @@ from ism.virtio.queue import (
     AVAIL_RING,
     DESC_ALIGN,
     USED_ALIGN,
+    USED_F_NO_NOTIFY,
+    USED_FLAGS,
     USED_IDX,
     USED_RING,
     Desc,
@@ -85,6 +87,7 @@ class DeviceQueue:
         self.desc = self.driver = self.device = 0
         self._avail_next = 0
         self._used_next = 0
+        self._spared: bool | None = None  # what the flag in the driver's memory says is not known before it is set
 
     def enable(self) -> None:
         """Start using the areas the driver named. Raises RemoteProtocolError when an address cannot be one."""
@@ -206,6 +209,23 @@ class DeviceQueue:
         except GuestMemoryError as exc:
             raise self._error(f"writable buffer or used ring: {exc}") from exc
         return not flags & AVAIL_F_NO_INTERRUPT
+
+    def spare_notify(self, spared: bool) -> bool:
+        """Tell the driver whether it may make chains available without a notification. Returns whether that is new.
+
+        Raises: RemoteProtocolError when the device area is not mapped.
+        Ordering: the flag is stored before the available index is loaded next. So a driver that publishes a chain and
+            then looks at the flag either sees that it must notify, or its chain is seen by whoever looks once more.
+        """
+        if spared == self._spared:
+            return False
+        try:
+            self._memory.write_u16(self.device + USED_FLAGS, USED_F_NO_NOTIFY if spared else 0)
+        except GuestMemoryError as exc:
+            raise self._error(f"used ring: {exc}") from exc
+        self._spared = spared
+        barrier.full()
+        return True
 
     def _error(self, problem: str) -> RemoteProtocolError:
         return RemoteProtocolError(f"queue {self.index}: {problem}", state=f"queue {self.index}")

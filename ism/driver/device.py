@@ -79,6 +79,7 @@ class Device(Function):
     def __init__(self, transport: Transport, *, interrupts: bool = True) -> None:
         """Initialise the device; arguments and errors as `Function`."""
         self._held: dict[Token, Held] = {}
+        self._held_bytes = 0
         self._by_offset: dict[int, Held] = {}
         self._in_transition: dict[Token, deque[Held]] = {}
         self._releases_begun = self._releases_done = 0
@@ -122,6 +123,7 @@ class Device(Function):
             if binding is not None and binding.vector < 0:
                 left.append(binding.fd)
         self._held.clear()
+        self._held_bytes = 0
         self._by_offset.clear()
         return left
 
@@ -160,7 +162,7 @@ class Device(Function):
     def free_window(self) -> int:
         """Bytes of the window in which no region of this device is; those about to be let go count as free."""
         with self._lock:
-            return self._caps.regions.length - sum(held.mapping.length for held in self._held.values())
+            return self._caps.regions.length - self._held_bytes
 
     def alloc(self, size: int, *, interrupt: bool = True, grants: Grants = ()) -> Region:
         """Make a new region, zero-filled, owned by this device; nobody else may attach until granted.
@@ -279,6 +281,7 @@ class Device(Function):
                         event="areas",
                     )
                 self._held[token] = held
+                self._held_bytes += mapping.length
                 self._by_offset[first] = held
         except BaseException:
             self._detach_now(token, lambda: self._let_go(mapping, binding))
@@ -412,6 +415,7 @@ class Device(Function):
             last = held.count == 0
             if last and self._held.get(held.token) is held:
                 del self._held[held.token]
+                self._held_bytes -= held.mapping.length
                 del self._by_offset[held.slot * self.chunk_size]
 
         def finish() -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which MSI-X vector tells of which region: one vector and one eventfd a region, as long as there are vectors.
 
-When all but the last are taken, further regions share the last one: the service thread reads its eventfd and passes
-each interrupt on to every region bound to it (virtio-ism: several regions may share a vector, callbacks tolerate
-spurious calls).
+When all but the last are taken (`exhausted`), a device with an event queue binds further regions to none: UPDATE events
+wake exactly the one that was rung. Without an event queue they share the last one: the service thread reads its eventfd
+and passes each interrupt on to every region bound to it (virtio-ism: several regions may share a vector, callbacks
+tolerate spurious calls), so that a ring costs as much as there are such regions.
 
 A vector that is free again gets a new eventfd with its next region: the old one was given to a peer, who may keep it,
 drain it, and so swallow the wake-ups of whoever came next.
@@ -43,6 +44,12 @@ class Vectors:
         self._shared_fd = -1
         self._sharers: set[int] = set()
         self._closed = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next region would share a vector with others."""
+        with self._lock:
+            return not self._idle and self._next == self._last
 
     def acquire(self) -> Binding:
         """Return an interrupt for a new region.

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 from device_rig import CHUNK, VERSION_1, Driver, Host
 
-from ism.device.events import BACKLOG_EVENTS
+from ism.device.events import BACKLOG_EVENTS, BACKLOG_UPDATES
 from ism.virtio.ism_spec import EventType, PeerEvent, UpdateEvent
 from ism.virtio.pci import Status
+from ism.virtio.queue import USED_F_NO_NOTIFY, USED_FLAGS
 
 
 @pytest.fixture
@@ -70,6 +71,45 @@ def test_the_backlog_is_bounded_and_drops_are_counted(driver: Driver) -> None:
         driver.post_event_buffers(64 if driver.function.stats["events_posted"] < BACKLOG_EVENTS else 1)
         driver.take_events()
     assert driver.function.stats["events_posted"] == BACKLOG_EVENTS
+
+
+def test_events_that_wait_crowd_out_no_update_and_updates_have_a_bound_too(driver: Driver) -> None:
+    for i in range(BACKLOG_EVENTS):
+        post(driver, detach(i))
+    for i in range(BACKLOG_UPDATES):
+        post(driver, update(i))
+    assert driver.function.stats["events_dropped"] == 0
+    post(driver, update(BACKLOG_UPDATES))
+    post(driver, detach(BACKLOG_EVENTS))
+    assert driver.function.stats["events_dropped"] == 2
+    driver.post_event_buffers(1)
+    assert driver.take_events() == [detach(0)]
+    post(driver, detach(BACKLOG_EVENTS))
+    assert driver.function.stats["events_dropped"] == 2
+
+
+def test_the_driver_need_not_notify_of_buffers_while_no_event_waits_for_one(driver: Driver) -> None:
+    def spared() -> bool:
+        return driver.ram.read_u16(driver.events.device + USED_FLAGS) == USED_F_NO_NOTIFY
+
+    assert not spared(), "the device does not know yet that it has nothing to send"
+    driver.post_event_buffers(1)
+    assert spared()
+    post(driver, detach(0))
+    assert spared()
+    post(driver, detach(CHUNK))
+    assert not spared(), "this one waits for a buffer"
+    driver.post_event_buffers(1)
+    assert spared()
+    assert driver.take_events() == [detach(0), detach(CHUNK)]
+
+
+def test_a_buffer_of_which_the_device_was_not_told_is_found_by_the_next_event(driver: Driver) -> None:
+    driver.post_event_buffers(1)
+    driver.events.add([], [(driver.buffers + 0x10000 + 64 * driver.events.next_desc, 32)])
+    post(driver, detach(0))
+    post(driver, detach(CHUNK))
+    assert driver.take_events() == [detach(0), detach(CHUNK)]
 
 
 def test_a_buffer_that_is_too_small_comes_back_empty_and_the_event_is_dropped(driver: Driver) -> None:
