@@ -5,7 +5,7 @@
 # make vm-demo   two virtual machines, a file and an RPC between them, with the comparison to TCP
 # make vm-bench  what sockets between virtual machines cost, against TCP between the same two
 # make lint   ruff, mypy, import-linter
-# make bench  every benchmark, ratios in one run
+# make bench  every benchmark: figures and charts in bench/results
 # Each target sets up what it needs: a virtual environment in .venv with this project in editable mode.
 
 PYTHON ?= python3

@@ -8,17 +8,16 @@ otherwise empty kernel by the kinds of its arguments and by the way it is called
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import run
 from numba import njit, types
 
+from ism.perf import plots
 from ism.shm import Endpoint, compile_kernels
 from ism.shm.atomics import assembly, fence
 from ism.shm.interop import ReadableBuffer, acquire_gil, current_cpu, monotonic_ns, release_gil
@@ -168,16 +167,16 @@ def endpoint_calls(rounds: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Instructions of the ordered accesses; cost of a kernel call.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: shows that it works")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the findings here")
-    options = parser.parse_args()
+def body(quick: bool) -> dict[str, Any]:
+    """Print instructions and costs."""
     compile_kernels(print)
-    findings = {"instructions": instructions(), "call_ns": calls(1_000 if options.quick else 200_000)}
-    if options.json:
-        options.json.write_text(json.dumps(findings, indent=1))
+    return {"instructions": instructions(), "call_ns": calls(1_000 if quick else 200_000)}
+
+
+def chart(figures: dict[str, Any], path: str) -> None:
+    """The costs of a call."""
+    plots.bar_chart(path, "One call of a kernel from Python", "nanoseconds", "", {"call": figures["call_ns"]})
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", body, chart)

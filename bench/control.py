@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
-from harness import manager, run, table
+from harness import manager, percentile, run, table
 
 from ism.driver import Device, open_device
+from ism.perf import plots
 from ism.perf.compare import far_end
 from ism.smc import open_tcp_stream
 from ism.smc.trio_wait import default_device
@@ -66,12 +67,17 @@ def body(quick: bool) -> dict[str, Any]:
             times["connection"] = trio.run(connections, far.ports["smc"], max(5, count // 10))
     rows = []
     for name, values in times.items():
-        ordered = sorted(values)
-        p50, p99 = statistics.median(ordered), ordered[len(ordered) * 99 // 100]
+        p50, p99 = statistics.median(values), percentile(values, 99)
         rows.append([name, f"{p50 * 1e6:.0f}", f"{p99 * 1e6:.0f}"])
     table("control path from a process, us", ("", "p50", "p99"), rows)
     return {name: {"p50_s": statistics.median(values), "count": len(values)} for name, values in times.items()}
 
 
+def chart(figures: dict[str, Any], path: str) -> None:
+    """One bar a command."""
+    bars = {name: found["p50_s"] * 1e6 for name, found in figures.items()}
+    plots.bar_chart(path, "Commands of a process", "microseconds, median", "", {"p50": bars})
+
+
 if __name__ == "__main__":
-    run(__doc__ or "", body)
+    run(__doc__ or "", body, chart)

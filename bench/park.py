@@ -14,8 +14,10 @@ import socket
 import statistics
 import time
 
-from ring import interleaved, parse, report, round_trips
+from harness import cpus_of, pin_option, run
+from ring import interleaved, round_trips, show
 
+from ism.perf import plots
 from ism.shm import compile_kernels
 
 MESSAGE = bytes(64)
@@ -74,10 +76,11 @@ def _summary(times: list[int]) -> dict[str, float]:
     return {"p50_us": statistics.median(kept) / 1e3, "p99_us": kept[len(kept) * 99 // 100] / 1e3}
 
 
-def main() -> None:
-    options, cpus = parse(__doc__ or "")
+def body(quick: bool, *, pin: bool) -> dict[str, dict[str, float]]:
+    """Measure all three in turn and print the table."""
     compile_kernels(print)
-    rounds, repeats = (500, 1) if options.quick else (20_000, 5)
+    cpus = cpus_of(pin)
+    rounds, repeats = (500, 1) if quick else (20_000, 5)
     figures = interleaved(
         repeats,
         {
@@ -86,8 +89,15 @@ def main() -> None:
             "blocking TCP": lambda: tcp_round_trips(rounds, cpus=cpus),
         },
     )
-    report(figures, options.json)
+    show("round trip of two sleepers", figures)
+    return figures
+
+
+def chart(figures: dict[str, dict[str, float]], path: str) -> None:
+    """One bar each."""
+    bars = {key: {name: row[f"{key}_us"] for name, row in figures.items()} for key in ("p50", "p99")}
+    plots.bar_chart(path, "Round trip of two sleepers", "microseconds", "", bars)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", body, chart, more=pin_option)

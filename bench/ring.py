@@ -4,13 +4,11 @@
 Two processes, two regions, plain `Endpoint` calls from Python; no sockets, no event loop. Peers stay awake as long as
 the adaptive spin allows and park on eventfds otherwise. Throughput ends when the receiver has acknowledged the last
 byte, and is set against one thread's memcpy of the same message size in the same run. CPU is user plus system time of
-both processes. Run `python bench/ring.py --help` for the options.
+both processes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import select
 import statistics
@@ -18,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from harness import PEER, cpus_of, pin_option, run, table
 
 from ism.memory import PAGE_SIZE, Mapping, create_memfd
+from ism.perf import plots
 from ism.shm import HEADER_BYTES, MAX_SPIN_NS, Endpoint, compile_kernels
 
 RING_BYTES = (1 << 20) - HEADER_BYTES
@@ -108,7 +108,7 @@ class Connection:
         arguments = [role, rounds, size, spin_ns, -1 if cpus is None else cpus[1], *passed]
         ready, child_ready = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--peer", *map(str, arguments), str(child_ready)],
+            [sys.executable, __file__, PEER, *map(str, arguments), str(child_ready)],
             pass_fds=[*passed, child_ready],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
@@ -182,28 +182,18 @@ def interleaved(repeats: int, samplers: dict[str, Sampler]) -> dict[str, dict[st
     }
 
 
-def report(figures: dict[str, dict[str, float]], file: Path | None) -> None:
-    """Print one line per row; write JSON if asked to."""
-    for name, row in figures.items():
-        print(f"{name:16} " + "  ".join(f"{key} {value:9.3f}" for key, value in row.items()))
-    if file:
-        file.write_text(json.dumps(figures, indent=1))
+def show(title: str, figures: dict[str, dict[str, float]]) -> None:
+    """Print one line per row."""
+    columns = list(dict.fromkeys(key for row in figures.values() for key in row))
+    rows = [[name, *(f"{row[key]:.3f}" if key in row else "" for key in columns)] for name, row in figures.items()]
+    table(title, ("", *columns), rows)
 
 
-def parse(question: str) -> tuple[argparse.Namespace, tuple[int, int] | None]:
-    parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--quick", action="store_true", help="a fraction of a second: shows that it works")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures here")
-    parser.add_argument("--pin", action="store_true", help="pin the two processes to the first two CPUs")
-    options = parser.parse_args()
-    allowed = sorted(os.sched_getaffinity(0))
-    return options, (allowed[0], allowed[1]) if options.pin and len(allowed) > 1 else None
-
-
-def main() -> None:
-    options, cpus = parse("Round trip, message rate and throughput of the bare ring.")
+def body(quick: bool, *, pin: bool) -> dict[str, dict[str, float]]:
+    """Measure everything in turn and print the table."""
     compile_kernels(print)
-    scale, repeats = (100, 1) if options.quick else (1, 5)
+    cpus = cpus_of(pin)
+    scale, repeats = (100, 1) if quick else (1, 5)
     spin = MAX_SPIN_NS
     figures = interleaved(
         repeats,
@@ -216,7 +206,14 @@ def main() -> None:
             "memcpy 1 MiB": lambda: {"GB_s": memcpy_gb_s(1 << 20, (4 << 30) // scale)},
         },
     )
-    report(figures, options.json)
+    show("the bare ring between two processes", figures)
+    return figures
+
+
+def chart(figures: dict[str, dict[str, float]], path: str) -> None:
+    """The throughputs."""
+    bars = {name: row["GB_s"] for name, row in figures.items() if "GB_s" in row}
+    plots.bar_chart(path, "The bare ring between two processes", "GB/s, median", "", {"GB/s": bars})
 
 
 def run_peer(arguments: list[str]) -> None:
@@ -231,7 +228,7 @@ def run_peer(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peer"]:
+    if sys.argv[1:2] == [PEER]:
         run_peer(sys.argv[2:])
     else:
-        main()
+        run(__doc__ or "", body, chart, more=pin_option)

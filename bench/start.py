@@ -15,6 +15,7 @@ from typing import Any
 
 from harness import manager, run, table
 
+from ism.perf import plots
 from ism.perf.compare import far_end
 from ism.shm import compile_kernels
 
@@ -46,8 +47,8 @@ def body(quick: bool) -> dict[str, Any]:
     compile_kernels()
     repeats = 1 if quick else 7
     times: dict[str, list[float]] = {}
-    with manager() as directory:
-        for name, command in (("ism --help", ["--help"]), ("ism status", ["status", "--run-dir", str(directory)])):
+    with manager() as host:
+        for name, command in (("ism --help", ["--help"]), ("ism status", ["status", "--run-dir", str(host.directory)])):
             times[name] = [seconds(sys.executable, "-m", "ism", *command) for _ in range(repeats)]
         with far_end() as far:
             program = _FIRST.format(port=far.ports["smc"])
@@ -63,5 +64,11 @@ def body(quick: bool) -> dict[str, Any]:
     return times
 
 
+def chart(figures: dict[str, Any], path: str) -> None:
+    """One bar a wait."""
+    bars = {name: statistics.median(values) for name, values in figures.items()}
+    plots.bar_chart(path, "What a user waits for", "seconds, median", "", {"wait": bars})
+
+
 if __name__ == "__main__":
-    run(__doc__ or "", body)
+    run(__doc__ or "", body, chart)
