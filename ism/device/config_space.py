@@ -100,6 +100,9 @@ _CFG_WRITABLE = VirtioPciCfgCap(
     pci_cfg_data=0xFFFFFFFF,
 )
 
+_COMMAND, _STATUS = Header.offset_of("command"), Header.offset_of("status")
+_MSIX_CONTROL = MsixCap.offset_of("control")
+
 _AnyCap = VirtioPciCap | VirtioPciCap64 | VirtioPciNotifyCap | VirtioPciCfgCap | MsixCap
 
 
@@ -152,7 +155,10 @@ def capabilities(layout: Layout) -> list[_AnyCap]:
 class ConfigSpace:
     """Configuration space of one function.
 
-    Attributes: `cfg_cap`, `msix_cap` (offsets of the two capabilities that have writable registers).
+    Attributes: `cfg_cap`, `msix_cap` (offsets of the two capabilities that have writable registers); read out of the
+    registers whenever one changes, since every command asks for them: `bus_master` (whether the function may reach the
+    driver's memory, PCI 3.0 section 6.2.2), `intx_disabled` (whether the driver forbids INTx), `msix_enabled` (whether
+    MSI-X is used, and so INTx is not).
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -186,10 +192,18 @@ class ConfigSpace:
         self._initial = bytes(image)
         self._image = image
         self._mask = bytes(mask)
+        self._look()
+
+    def _look(self) -> None:
+        command = self._u16(_COMMAND)
+        self.bus_master = bool(command & COMMAND_MASTER)
+        self.intx_disabled = bool(command & COMMAND_INTX_DISABLE)
+        self.msix_enabled = bool(self._u16(self.msix_cap + _MSIX_CONTROL) & MSIX_ENABLE)
 
     def reset(self) -> None:
         """Go back to the state after power on."""
         self._image[:] = self._initial
+        self._look()
 
     def read(self, offset: int, n: int) -> bytes:
         """Read `n` bytes from `offset`; beyond the 256 bytes all is zero."""
@@ -200,6 +214,7 @@ class ConfigSpace:
         for at, value in enumerate(data[: max(0, CONFIG_SIZE - offset)], offset):
             mask = self._mask[at]
             self._image[at] = self._image[at] & ~mask | value & mask
+        self._look()
 
     def _u16(self, at: int) -> int:
         return int.from_bytes(self._image[at : at + 2], "little")
@@ -207,32 +222,17 @@ class ConfigSpace:
     def _set_u16(self, at: int, value: int) -> None:
         self._image[at : at + 2] = value.to_bytes(2, "little")
 
-    @property
-    def bus_master(self) -> bool:
-        """Whether the function may reach the driver's memory (PCI 3.0 section 6.2.2)."""
-        return bool(self._u16(Header.offset_of("command")) & COMMAND_MASTER)
-
-    @property
-    def intx_disabled(self) -> bool:
-        """Whether the driver forbids INTx in the command register."""
-        return bool(self._u16(Header.offset_of("command")) & COMMAND_INTX_DISABLE)
-
-    @property
-    def msix_enabled(self) -> bool:
-        """Whether MSI-X is enabled; then INTx is not used."""
-        return bool(self._u16(self.msix_cap + MsixCap.offset_of("control")) & MSIX_ENABLE)
-
-    @msix_enabled.setter
-    def msix_enabled(self, enabled: bool) -> None:
-        at = self.msix_cap + MsixCap.offset_of("control")
+    def enable_msix(self, enabled: bool) -> None:
+        """Turn MSI-X on or off without a write of the driver."""
+        at = self.msix_cap + _MSIX_CONTROL
         control = self._u16(at)
         self._set_u16(at, control | MSIX_ENABLE if enabled else control & ~MSIX_ENABLE)
+        self._look()
 
     def set_interrupt_status(self, pending: bool) -> None:
         """Show in the status register whether an INTx interrupt is pending."""
-        at = Header.offset_of("status")
-        status = self._u16(at)
-        self._set_u16(at, status | STATUS_INTERRUPT if pending else status & ~STATUS_INTERRUPT)
+        status = self._u16(_STATUS)
+        self._set_u16(_STATUS, status | STATUS_INTERRUPT if pending else status & ~STATUS_INTERRUPT)
 
     @property
     def cfg_data_offset(self) -> int:

@@ -425,7 +425,7 @@ class IsmFunction:
         Returns: an interrupt when INTA is asserted by that.
         """
         was_asserted = self._interrupts.intx_asserted
-        self._space.msix_enabled = enabled
+        self._space.enable_msix(enabled)
         self._interrupts.refresh()
         return [] if was_asserted else list(self._interrupts.reassert())
 

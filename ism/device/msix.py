@@ -10,29 +10,42 @@ from __future__ import annotations
 
 from ism.device.bars import Layout, MsixEntry
 
+_RESET_ENTRY = MsixEntry(control=1).pack()
+"""Masked, with neither address nor data."""
 _ENTRY_MASK = b"\xfc" + b"\xff" * 11 + b"\x01\x00\x00\x00"
 """Writable bits of one entry: the address is a multiple of 4, only the mask bit of the control word is writable."""
 
 
 class MsixRegisters:
-    """MSI-X table and pending bit array of one function."""
+    """MSI-X table and pending bit array of one function.
+
+    The table is kept only once somebody has written to it, which a vfio-user client never does: it is large.
+    """
 
     def __init__(self, layout: Layout) -> None:
         """Start with every vector masked."""
-        self._layout = layout
-        self._table = bytearray(layout.table_length)
-        self.reset()
+        self._count = layout.table_length // MsixEntry.SIZE
+        self._written: bytearray | None = None
 
     def reset(self) -> None:
         """Mask every vector, clear addresses and data."""
-        self._table[:] = MsixEntry(control=1).pack() * (self._layout.table_length // MsixEntry.SIZE)
+        self._written = None
+
+    def _table(self) -> bytes | bytearray:
+        return _RESET_ENTRY * self._count if self._written is None else self._written
 
     def read(self, offset: int, n: int) -> bytes:
         """Read `n` bytes of BAR 1 from `offset`; whatever is not the table reads zero."""
-        return bytes(self._table[offset : offset + n]).ljust(n, b"\0")
+        return bytes(self._table()[offset : offset + n]).ljust(n, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
         """Write to BAR 1: bits that are writable change, all else stays."""
-        for at, value in enumerate(data[: max(0, len(self._table) - offset)], offset):
+        data = data[: max(0, self._count * MsixEntry.SIZE - offset)]
+        if not data:
+            return
+        table = self._written
+        if table is None:
+            table = self._written = bytearray(self._table())
+        for at, value in enumerate(data, offset):
             mask = _ENTRY_MASK[at % MsixEntry.SIZE]
-            self._table[at] = self._table[at] & ~mask | value & mask
+            table[at] = table[at] & ~mask | value & mask

@@ -53,12 +53,16 @@ class Chain:
     @property
     def readable_size(self) -> int:
         """Bytes the driver gave."""
-        return sum(length for _, length in self.readable)
+        return _size(self.readable)
 
     @property
     def writable_size(self) -> int:
         """Bytes the device may write."""
-        return sum(length for _, length in self.writable)
+        return _size(self.writable)
+
+
+def _size(pieces: tuple[tuple[int, int], ...]) -> int:
+    return pieces[0][1] if len(pieces) == 1 else sum(length for _, length in pieces)
 
 
 _NEXT, _WRITE, _INDIRECT = int(DescFlag.NEXT), int(DescFlag.WRITE), int(DescFlag.INDIRECT)

@@ -228,10 +228,12 @@ class Function(ABC):
     def serve_until(self, done: Callable[[], bool], timeout_s: float, fds: Sequence[int] = ()) -> None:
         """Take answers, events, and what comes on further watched descriptors, in the calling thread until `done()`.
 
-        May return early, and at once when another thread does it, or the device has no interrupts.
+        May return early, as when another thread waits for an answer itself (`Service.serve_until`, `gives_way`), and
+        at once when another thread does it, or the device has no interrupts.
         """
         if self._serves and self._pid == os.getpid() and not self._closed:
-            self.service.serve_until(done, (*self._serves, *self.transport.answer_fds(), *fds), timeout_s)
+            fds = (*self._serves, *self.transport.answer_fds(), *fds)
+            self.service.serve_until(done, fds, timeout_s, gives_way=True)
 
     # -- what the service thread does -------------------------------------------------------------------------------
 

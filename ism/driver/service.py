@@ -32,6 +32,9 @@ from ism.eventfd import DESCRIPTOR_ADVICE, drain, make_eventfd, raise_eventfd
 _AWAKE_S = 0.0003
 """How long a thread that waits for an answer polls before it sleeps: about the time of a command."""
 
+_WAY_S = 0.01
+"""How long a thread that waits for an answer waits for another one to leave off serving."""
+
 log = logging.getLogger("ism.driver")
 
 
@@ -59,6 +62,7 @@ class Service:
         self._in_callback = 0
         self._serving = threading.Lock()
         self._server = 0
+        self._gives_way = self._way_wanted = False
         self._nudge = -1
         self._soon: deque[Callable[[], None]] = deque()
 
@@ -165,18 +169,29 @@ class Service:
 
     # -- another thread in the service thread's place -----------------------------------------------------------
 
-    def serve_until(self, done: Callable[[], bool], fds: Sequence[int], timeout_s: float) -> None:
+    def serve_until(
+        self, done: Callable[[], bool], fds: Sequence[int], timeout_s: float, *, gives_way: bool = False
+    ) -> None:
         """Run the callbacks of `fds` in the calling thread until `done()`, or the time is up.
 
         Whoever waits for an answer gets it this way without a detour through another thread, and for the first
         moments awake: putting a processor to sleep and waking it costs more than the whole command. One thread at a
         time; while one serves, others (and callbacks) return at once and wait as if there were no such thing.
+
+        Args: `gives_way`: the caller waits for what another thread of this process does meanwhile, and returns early
+            when that one waits for an answer itself: two that are awake at once take the interpreter from each other.
         """
         if self.is_current or not self._serving.acquire(blocking=False):
-            return
+            if self.is_current or gives_way or not self._gives_way:
+                return
+            self.make_way()
+            self.nudge()
+            if not self._serving.acquire(timeout=_WAY_S):
+                return  # a callback takes its time
         taken: dict[int, Callable[[], None]] = {}
         try:
             self._server = threading.get_ident()
+            self._gives_way, self._way_wanted = gives_way, False
             taken = self._take_over(fds)
             poller = select.poll()
             for fd in (self._nudge, *taken):
@@ -185,7 +200,7 @@ class Service:
             awake_until, deadline = start + _AWAKE_S, start + timeout_s
             while not done():
                 now = time.monotonic()
-                if now >= deadline or self._is_closing():
+                if now >= deadline or self._is_closing() or self._has_to_go():
                     return
                 awake = now < awake_until
                 ready = poller.poll(0 if awake else (deadline - now) * 1000)
@@ -201,8 +216,16 @@ class Service:
                         poller.unregister(fd)
         finally:
             self._hand_back(taken)
-            self._server = 0
+            self._gives_way, self._server = False, 0
             self._serving.release()
+
+    def make_way(self) -> None:
+        """Have whoever serves and gives way return soon: another thread is about to wait for an answer."""
+        if self._gives_way:
+            self._way_wanted = True
+
+    def _has_to_go(self) -> bool:
+        return self._gives_way and self._way_wanted
 
     def nudge(self) -> None:
         """Make a thread inside `serve_until` ask `done()` again, when what it waits for was done elsewhere."""

@@ -172,7 +172,7 @@ class Carrier:
         sock, link = self._sock, self._link
         with link.lock:
             sock._mirrored = False
-            channel, sock._channel = sock._channel, None
+            channel = sock._take_channel()
         if channel is not None:
             channel.stop()
             # a doorbell that the mirror has taken already, and does not pass on, must not be lost

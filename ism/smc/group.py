@@ -127,6 +127,18 @@ class LinkGroups:
         region.on_event(None)
         return region
 
+    def has_own(self, peer: DevId, size: int) -> bool:
+        """Whether `take_own` would find one, as far as can be told without taking it."""
+        with self._lock:
+            group = self._groups.get(peer)
+            owns = [pair.own for pair in group.pairs] if group is not None else []
+            return any(own is not None and own.length == size and not own.closed and _released(own) for own in owns)
+
+    def made_own(self) -> None:
+        """Count an own region that was made without `take_own` having been asked for one."""
+        with self._lock:
+            self.made += 1
+
     def _pop_own(self, peer: DevId, size: int) -> Region | None:
         group = self._groups.get(peer)
         if group is None:

@@ -6,8 +6,11 @@ attaches the other's. `link` says when; these calls block until the device has a
 
     client                                                server
     PROPOSAL (gid, devid) ------------------------------>  own region, granted to devid
-    attach it, own region, grant <----- ACCEPT (token, size)
+    own region, granted, meanwhile
+    attach the server's <-------------- ACCEPT (token, size)
     CONFIRM (token, size) ------------------------------>  attach it
+
+A client that does not know the server's device before ACCEPT (the manager has not named it) makes its region then.
 
 Who may lie: the peer, in every field; the device manager is trusted. A token is attached only when this device does
 not hold it already (a peer that named another connection's region would write into that connection), and when the
@@ -92,20 +95,36 @@ def allocate(device: Device, size: int, peer: DevId, *, leave_room: bool = False
         too late to decline.
     Raises: as `Device.alloc`.
     """
-    grants = [] if peer == device.devid else [(_PEER_RIGHTS, peer)]  # the owner needs no grant
     size = max(size, SMALLEST_BUFFER)
     left_over = region_size(device, size) if leave_room and peer != device.devid else 0
     while True:
         try:
             if device.free_window < region_size(device, size) + left_over:
                 raise ack_error("ALLOC_REGION", Ack.ENOSPC)
-            return device.alloc(size, interrupt=True, grants=grants)
+            return device.alloc(size, interrupt=True, grants=_grants(device, peer))
         except QuotaError:
             if link_groups(device).clear():
                 continue
             if size // _SMALLER < max(SMALLEST_BUFFER, device.chunk_size):
                 raise
             size //= _SMALLER
+
+
+def must_allocate(device: Device, size: int, peer: DevId) -> bool:
+    """Whether a region for receiving from the peer has to be made, and there is room: for the peer's region too."""
+    length = region_size(device, size)
+    return device.free_window >= 2 * length and not link_groups(device).has_own(peer, length)
+
+
+def allocate_once(device: Device, size: int, peer: DevId) -> Region:
+    """Make that region, or raise as `Device.alloc`."""
+    region = device.alloc(max(size, SMALLEST_BUFFER), interrupt=True, grants=_grants(device, peer))
+    link_groups(device).made_own()
+    return region
+
+
+def _grants(device: Device, peer: DevId) -> list[tuple[Permission, DevId | None]]:
+    return [] if peer == device.devid else [(_PEER_RIGHTS, peer)]  # the owner needs no grant
 
 
 def kept_attached(device: Device, answer: PeerAnswer) -> Region | None:

@@ -59,6 +59,8 @@ from ism.smc.identity import Identity
 class State(Enum):
     """States of either end; see the module's text."""
 
+    __hash__ = object.__hash__  # members are single, and the tables are asked several times a message
+
     START = "start"
     PROPOSED = "proposed"
     UNUSABLE = "unusable"
@@ -73,6 +75,8 @@ class State(Enum):
 
 class Event(Enum):
     """What moves a handshake. `RECEIVE_UNUSABLE` replaces the message's own event when it does not suit."""
+
+    __hash__ = object.__hash__
 
     SEND_PROPOSAL = "send PROPOSAL"
     SEND_ACCEPT = "send ACCEPT"

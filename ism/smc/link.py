@@ -89,12 +89,17 @@ NOT_LISTED = "nobody has published the server's address in the directory"
 END_WAIT_S = 0.2
 """How long a client whose server's region is gone waits for the end of TCP that explains it."""
 
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What a command fails with where this process or its host has no more descriptors, or memory, for it."""
+
 BALLAST = b"\0"
 """Each side's only byte on TCP after the handshake. It stays unread: see `readiness`."""
 
 
 class Stage(Enum):
     """Where a link stands; see the module's text."""
+
+    __hash__ = object.__hash__  # members are single, and whoever waits asks again and again
 
     WAITING = "waiting"
     AGREED = "agreed"
@@ -179,6 +184,7 @@ class Link:
         self._unconfirmed = False
         self._rx: Region | None = None
         self._tx: Region | None = None
+        self._ahead: threading.Event | None = None
         self._peer = DevId(0)
         self._pair: Pair | None = None
         self._noticing = 0
@@ -430,6 +436,7 @@ class Link:
             self._deadline_s = self._patience(CLIENT_PATIENCE_S)
             self._write(machine.start())
             self._watch()
+            self._allocate_ahead()
         elif self.server_side and self._sending and not self._start_sent:
             self._start_sent = True
             self._deadline_s = self._patience(SERVER_PATIENCE_S)
@@ -709,8 +716,9 @@ class Link:
         except RemoteProtocolError as exc:
             self._decline(Diagnosis.INTERR, exc)
             return
-        self._rx = handshake.kept_own(self.device, self._buffer_size, answer.devid)
-        self.reused = self._rx is not None
+        if self._rx is None and self._ahead is None:
+            self._rx = handshake.kept_own(self.device, self._buffer_size, answer.devid)
+            self.reused = self._rx is not None
         if self._tx is not None and self._rx is not None:
             self._confirm(answer)
         else:
@@ -729,11 +737,57 @@ class Link:
     def _work(self, job: Callable[[], None]) -> None:
         self._working = True
         self._unwatch()
+        self.device.service.make_way()
         try:
             workers.submit(job)
         except RuntimeError as exc:
             self._working = False
             self._device_failed(TransportError(f"no thread can be started: {exc}"))
+
+    def _allocate_ahead(self) -> None:
+        """Client whose server's device the manager has named: make the region while the server makes its own.
+
+        Whatever goes wrong is nothing yet: when the server has accepted it is tried again, with all that is tried then.
+        """
+        peer = self._server_devid
+        if self.stage in _SETTLED or peer is None:
+            return
+        if not handshake.must_allocate(self.device, self._buffer_size, peer):
+            return
+        self._ahead = done = threading.Event()
+        try:
+            workers.submit(lambda: self._make_ahead(peer, done))
+        except RuntimeError:
+            self._ahead = None
+
+    def _make_ahead(self, peer: DevId, done: threading.Event) -> None:
+        made: Region | None = None
+        try:
+            made = handshake.allocate_once(self.device, self._buffer_size, peer)
+        except (IsmError, OSError):
+            pass  # see above
+        finally:
+            with self.lock:
+                if made is not None and self.stage not in _SETTLED:
+                    self._rx, made = made, None
+                self._ahead = None
+            done.set()
+            if made is not None:
+                made.close()  # closed, declined or broken meanwhile
+
+    def _wait_ahead(self) -> None:
+        ahead = self._ahead
+        if ahead is not None:
+            ahead.wait()  # it was given to the workers before, so it is under way, and waits for the device alone
+
+    def _let_go_ahead(self) -> bool:
+        """Give back what was made ahead: the server's region needs the room. Returns whether there was anything."""
+        self._wait_ahead()
+        if self._rx is None or self.reused:
+            return False
+        self._rx.close()
+        self._rx = None
+        return True
 
     def _allocate(self) -> None:
         self._finish_work(lambda: self._ask(None), self._accept)
@@ -761,10 +815,15 @@ class Link:
         if answer is not None and self._tx is None:
             try:
                 self._tx = handshake.attach(self.device, answer)
+            except QuotaError:
+                if not self._let_go_ahead():
+                    raise
+                self._tx = handshake.attach(self.device, answer)  # and a smaller one is made, perhaps
             except DeviceError as exc:
                 if exc.ack == Ack.ENOENT:
                     _wait_for_end(self._fd)  # a server that closes lets its region go first
                 raise
+        self._wait_ahead()
         if self._rx is None:
             self._rx = handshake.allocate(self.device, self._buffer_size, self._peer, leave_room=self.server_side)
 
@@ -793,7 +852,7 @@ class Link:
             self._ended()  # the server has closed since
         elif isinstance(exc, QuotaError) and exc.ack == Ack.ENOSPC:
             self._decline(Diagnosis.MAX_DMB, exc)
-        elif isinstance(exc, DeviceError | OSError):
+        elif isinstance(exc, DeviceError | OSError) or (isinstance(exc, TransportError) and exc.errno in _SHORT):
             self._decline(Diagnosis.MEM, exc)
         else:
             self._decline(Diagnosis.INTERR, exc)

@@ -18,6 +18,7 @@ import itertools
 import logging
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -38,6 +39,16 @@ logger = logging.getLogger("ism.vfio_user")
 
 _RECEIVE_BYTES: Final = 1 << 16
 _UCRED: Final = struct.Struct("iII")
+
+
+class _Inbox(threading.local):
+    """Where the connections of this thread receive, in turn: what comes is copied out before anything else runs."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(_RECEIVE_BYTES)
+
+
+_inbox = _Inbox()
 
 
 class _Call:
@@ -64,7 +75,6 @@ class Connection:
         self.dma_maps: DmaTable[DmaMap] = DmaTable(limits.max_dma_maps)
         self._sock, self._number = sock, sock.fileno()
         self._nursery: trio.Nursery | None = None
-        self._inbox = bytearray(_RECEIVE_BYTES)
         # Until VERSION is through, no message is longer than VERSION may be.
         self._reader: MessageReader[Fd] = MessageReader(
             max_message=wire.HEADER_SIZE + VersionFixed.SIZE + MAX_VERSION_DATA, max_fds=limits.max_msg_fds
@@ -271,7 +281,7 @@ class Connection:
 
     def _receive(self) -> None:
         try:
-            received = recv_message(self._sock, self._inbox, self.limits.max_msg_fds)
+            received = recv_message(self._sock, _inbox.buffer, self.limits.max_msg_fds)
         except BlockingIOError:
             return
         except OSError as error:
@@ -283,7 +293,7 @@ class Connection:
             self._end(ClientGoneError("the client closed the connection", errno.ECONNRESET))
             return
         reader = self._reader
-        with memoryview(self._inbox) as inbox:
+        with memoryview(_inbox.buffer) as inbox:
             reader.feed(inbox[: received.size], received.fds, received.problem)
         try:
             while (message := reader.next_message()) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import tracemalloc
 
 import pytest
 from device_rig import BOTH, CHUNK, WINDOW, Driver, Host
@@ -12,6 +13,7 @@ from device_rig import BOTH, CHUNK, WINDOW, Driver, Host
 from ism.device.bars import Layout
 from ism.device.contract import FunctionConfig
 from ism.device.interrupts import INTX
+from ism.device.msix import MsixRegisters
 from ism.ids import DevId
 from ism.virtio.ism_spec import Config, IsmFeature
 from ism.virtio.pci import VirtioPciCfgCap
@@ -176,8 +178,23 @@ def test_the_msix_table_behaves_as_registers(driver: Driver) -> None:
     assert function.bar_read(1, 16 * 8, 8) == bytes(8)
     function.bar_write(1, 0x1000, b"\xff" * 8)
     assert function.bar_read(1, 0x1000, 8) == bytes(8)
+    assert function.bar_read(1, 32, 16) == bytes(12) + b"\1\0\0\0"
     function.reset()
     assert function.bar_read(1, 16, 16) == bytes(12) + b"\1\0\0\0"
+
+
+def test_an_msix_table_that_nobody_writes_takes_no_memory() -> None:
+    registers = MsixRegisters(Layout(dataclasses.replace(GOOD, vectors=2048)))
+    tracemalloc.start()
+    try:
+        registers.read(0, 1 << 15)
+        registers.write(1 << 15, b"beyond the end")
+        registers.reset()
+        assert tracemalloc.get_traced_memory()[0] < 1 << 14
+        registers.write(0, b"\xff")
+        assert tracemalloc.get_traced_memory()[0] > 1 << 15
+    finally:
+        tracemalloc.stop()
 
 
 def test_msix_is_turned_on_by_configuration_writes_and_by_the_client(driver: Driver) -> None:

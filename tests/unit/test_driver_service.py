@@ -426,6 +426,94 @@ def test_only_one_thread_serves_and_the_others_return_at_once(service: Service, 
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("told_before", [False, True])
+def test_who_gives_way_leaves_for_a_thread_that_waits_for_an_answer(
+    service: Service, fd: int, told_before: bool
+) -> None:
+    inside, left = threading.Event(), threading.Event()
+    answered: list[int] = []
+
+    def done() -> bool:
+        inside.set()
+        return False
+
+    def wait() -> None:
+        service.serve_until(done, [fd], PATIENCE_S, gives_way=True)
+        left.set()
+
+    def callback() -> None:
+        if drain(fd):
+            answered.append(threading.get_ident())
+
+    service.add(fd, callback)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert inside.wait(PATIENCE_S)
+    if told_before:
+        service.make_way()
+        service.nudge()
+        assert left.wait(PATIENCE_S)
+    raised = False
+
+    def look() -> bool:
+        nonlocal raised
+        if not raised:  # by now it is this thread that serves
+            raised = True
+            assert left.wait(PATIENCE_S)
+            raise_eventfd(fd)
+        return bool(answered)
+
+    while not answered:  # it may have been refused: who gives way was inside a callback, or asleep
+        service.serve_until(look, [fd], PATIENCE_S)
+    assert answered == [threading.get_ident()]
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_who_gives_way_does_not_make_others_who_do_leave(service: Service, fd: int) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def done() -> bool:
+        inside.set()
+        return leave.is_set()
+
+    service.add(fd, lambda: None)
+    thread = threading.Thread(target=service.serve_until, args=(done, [fd], PATIENCE_S), kwargs={"gives_way": True})
+    thread.start()
+    assert inside.wait(PATIENCE_S)
+    service.serve_until(lambda: False, [fd], PATIENCE_S, gives_way=True)  # would wait for ever
+    assert thread.is_alive()
+    leave.set()
+    service.nudge()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_who_waits_for_an_answer_is_not_made_to_leave(service: Service, fd: int) -> None:
+    inside, leave, told, again = (threading.Event() for _ in range(4))
+
+    def done() -> bool:
+        inside.set()
+        if told.is_set():
+            again.set()
+        return leave.is_set()
+
+    service.add(fd, lambda: None)
+    thread = threading.Thread(target=service.serve_until, args=(done, [fd], PATIENCE_S))
+    thread.start()
+    assert inside.wait(PATIENCE_S)
+    service.make_way()
+    service.nudge()
+    service.serve_until(lambda: False, [fd], PATIENCE_S)  # would wait for ever
+    told.set()
+    service.nudge()
+    assert again.wait(PATIENCE_S)  # it serves still
+    leave.set()
+    service.nudge()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
 def test_what_is_to_be_done_soon_is_done_once_in_the_service_thread(service: Service, fd: int) -> None:
     service.add(fd, lambda: None)
     came: list[tuple[bool, int]] = []

@@ -139,6 +139,79 @@ def test_after_close_there_are_none_and_giving_back_is_harmless(host: Host) -> N
         vectors.acquire()
 
 
+class Counting(Host):
+    """Attributes: `asked` (how many vectors each call bound); `most` (so many at once are refused)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+        self.most = 100
+
+    def set_vectors(self, first: int, eventfds: Sequence[int | None]) -> None:
+        self.asked.append(len(eventfds))
+        if len(eventfds) > self.most:
+            raise TransportError("no more today")
+        super().set_vectors(first, eventfds)
+
+
+def test_the_more_regions_there_are_the_more_vectors_are_bound_at_once() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    host = Counting()
+    vectors = Vectors(host, host, 3, 203)
+    bindings = [vectors.acquire() for _ in range(199)]
+    assert [binding.vector for binding in bindings] == list(range(3, 202))
+    assert all(host.bound[binding.vector] == binding.fd and not binding.shared for binding in bindings)
+    assert (host.asked[0], max(host.asked)) == (1, 8)
+    assert len(host.asked) < len(bindings) / 3
+    assert vectors.exhausted
+    assert vectors.acquire().shared
+    vectors.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_few_regions_have_no_vectors_bound_ahead() -> None:
+    host = Counting()
+    vectors = Vectors(host, host, 3, 100)
+    for _ in range(8):
+        vectors.acquire()
+    assert host.asked == [1] * 8
+    vectors.close()
+
+
+def test_vectors_that_came_back_are_bound_again_side_by_side_and_each_once() -> None:
+    host = Counting()
+    vectors = Vectors(host, host, 3, 103)
+    bindings = [vectors.acquire() for _ in range(60)]
+    spare = len(host.bound) - len(bindings)
+    for binding in bindings[10:50:2] + bindings[20:30:2] + bindings[21:30:2]:
+        vectors.release(binding)
+    host.asked.clear()
+    again = [vectors.acquire() for _ in range(25 + spare)]
+    in_use = [binding.vector for binding in bindings[:10] + bindings[50:] + again]
+    assert len(set(in_use)) == len(in_use)
+    assert all(host.bound[binding.vector] == binding.fd for binding in again)
+    assert max(host.asked) > 1
+    assert max(binding.vector for binding in again) < 3 + 60 + spare
+    vectors.close()
+
+
+def test_of_what_is_refused_together_one_is_asked_for_alone() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    host = Counting()
+    host.most = 1
+    vectors = Vectors(host, host, 3, 100)
+    bindings = [vectors.acquire() for _ in range(20)]
+    assert [binding.vector for binding in bindings] == list(range(3, 23))
+    assert 2 in host.asked
+    host.most = 0
+    with pytest.raises(TransportError, match="no more today"):
+        vectors.acquire()
+    host.most = 1
+    assert vectors.acquire().vector == 23
+    vectors.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_threads_get_and_give_back_interrupts_at_once(vectors: Vectors) -> None:
     in_use: set[int] = set()
     lock = threading.Lock()

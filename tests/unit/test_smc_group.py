@@ -15,6 +15,7 @@ from ism.shm import compile_kernels, offer
 from ism.shm.header import PRODUCER, Header
 from ism.shm.kernels import load_kernels
 from ism.smc import group as group_module
+from ism.smc import handshake
 from ism.smc.group import LinkGroups, link_groups, publish_released, release_idle
 from ism.smc.handshake_machine import PeerAnswer
 from ism.testing import Fabric
@@ -99,6 +100,30 @@ def test_an_own_region_is_given_again_once_its_writer_has_released_it_and_zeroed
     assert not any(client.own.view[:OFFER])
     assert (client.groups.made, client.groups.reused) == (1, 1)
     for region in (client.own, server.own, server.attached):
+        region.close()
+
+
+def test_whether_there_is_one_can_be_told_without_taking_it(ended: Ended) -> None:
+    client, server = ended.client, ended.server
+    ended.keep(client, server)
+    assert not client.groups.has_own(server.devid, SIZE), "its writer may be writing still"
+    publish_released(server.attached)
+    assert client.groups.has_own(server.devid, SIZE)
+    assert not client.groups.has_own(server.devid, 2 * SIZE)
+    assert not client.groups.has_own(DevId(99), SIZE)
+    assert client.groups.take_own(server.devid, SIZE) is client.own
+    assert not client.groups.has_own(server.devid, SIZE)
+    for region in (client.own, server.own, server.attached):
+        region.close()
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_region_is_made_ahead_only_where_the_peers_fits_beside_it(ended: Ended, left: int) -> None:
+    device, peer = ended.client.device, ended.server.devid
+    free = device.free_window // SIZE - left
+    filling = device.alloc(free * SIZE, interrupt=False)
+    assert handshake.must_allocate(device, SIZE, peer) == (left == 2)
+    for region in (filling, ended.client.own, ended.client.attached, ended.server.own, ended.server.attached):
         region.close()
 
 

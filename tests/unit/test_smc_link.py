@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import socket
@@ -16,9 +17,11 @@ import pytest
 from smc_stream_rig import LIMIT_S, SmcRig, leak_checked
 
 from ism.driver import Device
+from ism.driver.control import ack_error
 from ism.driver.directory import FourTuple
 from ism.errors import TransportError
 from ism.ids import DevId
+from ism.smc import blocking
 from ism.smc.addresses import packed
 from ism.smc.clc import SMCR
 from ism.smc.diagnosis import Diagnosis
@@ -26,6 +29,7 @@ from ism.smc.handshake import DeclinedError
 from ism.smc.link import CLAIM_WAIT_S, Link, Stage
 from ism.smc.policy import Mode, Policy
 from ism.smc.rendezvous import Fallback, Publication, connect_steps, scope_of
+from ism.virtio.ism_spec import Ack
 
 LOOPBACK = "127.0.0.1"
 NEVER = float("inf")
@@ -375,6 +379,129 @@ def test_an_end_before_the_first_byte_is_one_and_what_is_required_stays_so(rig: 
 # The end --------------------------------------------------------------------------------------------------------
 
 
+# The regions ------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Holds up the allocations of a device until they are let go on. Attributes: `asked` (how many have begun)."""
+
+    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.asked = 0
+        self._go, self._alloc, self._error = threading.Event(), device.alloc, error
+        monkeypatch.setattr(device, "alloc", self._held_up)
+
+    def _held_up(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += 1
+        assert self._go.wait(LIMIT_S)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._alloc(*args, **kwargs)
+
+    def go_on(self) -> None:
+        self._go.set()
+
+
+def test_a_client_makes_its_region_while_the_server_makes_its_own(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(ends.rig.server_device, monkeypatch)
+    client, server = ends.pair()
+    client.start(sending=True)
+    try:
+        until(lambda: held.asked == 1 and ends.rig.regions == 1)
+    finally:
+        held.go_on()
+    until(lambda: client.settled and server.settled)
+    assert (client.stage, server.stage) == (Stage.SMC, Stage.SMC)
+    assert ends.rig.regions == 2
+    assert not client.reused
+
+
+def test_a_region_made_ahead_goes_when_the_server_declines(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(ends.rig.server_device, monkeypatch, ack_error("ALLOC_REGION", Ack.ENOMEM))
+    client, server = ends.pair()
+    client.start(sending=True)
+    try:
+        until(lambda: held.asked == 1 and ends.rig.regions == 1)
+        server.give_away()
+        until(lambda: client.settled)
+        assert client.stage is Stage.TCP
+        until(lambda: not ends.rig.regions)
+    finally:
+        held.go_on()
+
+
+@pytest.mark.parametrize("how", ["closed", "declined"])
+def test_a_region_that_is_being_made_ahead_when_all_is_over_is_let_go(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    held = Held(ends.rig.client_device, monkeypatch)
+    client, sock = ends.connect()
+    server, _ = ends.accept()
+    client.start(sending=True)
+    try:
+        until(lambda: held.asked == 1)
+        if how == "closed":
+            client.close()
+            sock.close()
+        else:
+            client.give_away()
+        until(lambda: client.settled and server.settled)
+        ahead = client._ahead
+        assert ahead is not None
+    finally:
+        held.go_on()
+    assert ahead.wait(LIMIT_S)
+    until(lambda: not ends.rig.regions)
+
+
+def test_what_could_not_be_made_ahead_is_made_once_the_server_has_accepted(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(ends.rig.client_device, monkeypatch, ack_error("ALLOC_REGION", Ack.ENOMEM))
+    held.go_on()
+    client, server = ends.pair()
+    client.start(sending=True)
+    until(lambda: client.settled and server.settled)
+    assert (client.stage, server.stage) == (Stage.SMC, Stage.SMC)
+    assert held.asked == 2
+
+
+def test_what_was_made_ahead_makes_room_for_the_servers_region(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ends.rig.client_device
+    made = Held(device, monkeypatch)
+    made.go_on()
+    attach, refusals = device.attach, [ack_error("ATTACH_REGION", Ack.ENOMEM)]
+
+    def no_room_at_first(*args: Any, **kwargs: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return attach(*args, **kwargs)
+
+    monkeypatch.setattr(device, "attach", no_room_at_first)
+    client, server = ends.pair()
+    client.start(sending=True)
+    until(lambda: client.settled and server.settled)
+    assert (client.stage, server.stage) == (Stage.SMC, Stage.SMC)
+    assert made.asked == 2
+    until(lambda: ends.rig.regions == 2)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_process_short_of_descriptors_or_memory_declines_for_want_of_them(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    Held(ends.rig.server_device, monkeypatch, TransportError("cannot make it", number)).go_on()
+    client, server = ends.pair()
+    client.start(sending=True)
+    until(lambda: client.settled and server.settled)
+    assert (client.stage, server.stage) == (Stage.TCP, Stage.TCP)
+    assert (client.code, server.code) == (Diagnosis.MEM, Diagnosis.MEM)
+    until(lambda: not ends.rig.regions)
+
+
+# How it ends ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("first", ["client", "server"])
 @pytest.mark.parametrize("stage", ["waiting", "agreed", "talking", "SMC", "TCP"])
 def test_closing_at_any_stage_leaves_nothing(ends: Ends, stage: str, first: str) -> None:
@@ -464,3 +591,14 @@ def test_a_client_is_found_by_the_address_and_port_it_really_has(ends: Ends, bou
     server, _ = ends.accept()
     until(lambda: server.stage is Stage.AGREED)
     assert sock.getsockname()[0] == (bound or (LOOPBACK,))[0]
+
+
+def test_a_waker_for_which_no_descriptor_is_left_says_that_and_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "eventfd", none_left)
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            blocking._Waker()
+    gc.collect()  # what its destructor raises is a warning, and so an error
