@@ -30,7 +30,7 @@ ORDER = (
     "copies",
     "atomics",
 )
-SHARED = ("echo", "growth", "harness", "run_all")
+SHARED = ("echo", "growth", "harness", "report", "run_all")
 """Files here that ask nothing."""
 DRAWN_NOT = ("copies", "memory", "wait")
 """One figure, or a table, says it all."""

@@ -101,10 +101,12 @@ proctype sender()
 			STORE(from_sender, CELL(ring, (p - base) % SIZE), p + 1);
 			p++;
 			STORE(from_sender, PRODUCER, p);
+#ifdef MOVE_LATE
 			if
 			:: late -> late = false; announce_move()
 			:: else
 			fi
+#endif
 		:: else ->
 			memory[CONSUMER] != c || memory[OFFER] != seen || ready != 0
 		fi

@@ -17,7 +17,6 @@ import ctypes
 import enum
 import functools
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -29,8 +28,11 @@ from ism.shm.header import HEADER_BYTES, LINE_BYTES, Flags
 from ism.shm.kernels import load_kernels
 from ism.shm.observe import WINDOW_BYTES
 
+QUICK = words.ATTENTION
+"""Results of the bare kernels below this, and not negative, ask for nothing."""
+
 MAX_SPIN_NS = 50_000
-"""No call spins longer: Ctrl-C and cancellation wait for it."""
+"""No call spins longer, for a peer behind the same kernel: Ctrl-C and cancellation wait for it."""
 
 _NO_RING = memoryview(b"")
 """What is left when another thread closes in the middle of a call."""
@@ -92,6 +94,12 @@ class Endpoint:
     Attributes: `lent` (whether a view of a ring was ever given away, which may outlive the endpoint); `attend` (called
     when rings want looking after, see `ism.shm.move`, from within the call that noticed: it must be short and raise
     nothing).
+
+    For callers to whom a microsecond matters, `quick_send(data, wait)`, `quick_recv(max_bytes, wait)` and
+    `quick_recv_into(buffer, wait)` are the bare kernels; `wait` is of SPIN, GATED and SHORT. A result of 0 to `QUICK`
+    - 1 is all there is to it; any other is for `finish`, which returns the count, or raises. After `quick_recv` an
+    `owed[0]` other than 0 is for `take_owed`; why it returned None, `recv` says. FAILED_LOOK is the caller's: see
+    `change_gates` and `ism.shm.ring`.
     """
 
     __slots__ = (
@@ -105,6 +113,10 @@ class Endpoint:
         "_words",
         "attend",
         "lent",
+        "owed",
+        "quick_recv",
+        "quick_recv_into",
+        "quick_send",
     )
 
     def __init__(
@@ -146,6 +158,10 @@ class Endpoint:
         self._block = words.new_block()
         self._address = int(self._block.ctypes.data)
         self._words = memoryview(cast("Any", self._block))
+        self.owed = self._words[words.RX_OWED : words.RX_OWED + 1]
+        self.quick_send = functools.partial(self._kernels.send, self._address)
+        self.quick_recv = functools.partial(self._kernels.recv, self._address)
+        self.quick_recv_into = functools.partial(self._kernels.recv_into, self._address)
         mine = self._words
         mine[words.RX_HEADER], mine[words.TX_HEADER] = rx.address, tx.address
         for ring, home in ((words.RX_RING, words.RX_HOME_RING), (words.TX_RING, words.TX_HOME_RING)):
@@ -154,7 +170,6 @@ class Endpoint:
             mine[size] = mine[home] = (rx if size == words.RX_BYTES else tx).length - HEADER_BYTES
         mine[words.WINDOW] = max(1, min(mine[words.RX_BYTES] // 4, WINDOW_BYTES))
         mine[words.KERNEL] = kernel_id() if kernel is None else kernel
-        mine[words.ALONE] = len(os.sched_getaffinity(0)) == 1
         self.max_spin_ns = max_spin_ns
         self._kernels.start(self._address, 0)
 
@@ -181,7 +196,7 @@ class Endpoint:
         sent = self._send(self._address, data, wait)
         if 0 <= sent < _ATTENTION:
             return sent
-        return self._finish(sent)
+        return self.finish(sent)
 
     def reserve(self, wanted: int) -> memoryview:
         """Lend free space of the peer's ring for writing in place; `commit` publishes it.
@@ -238,12 +253,17 @@ class Endpoint:
         release.
         """
         data = self._recv(self._address, max_bytes, wait)
-        outcome = self._words[words.RX_OUTCOME]
-        if outcome != 0:
-            self._finish(outcome)
-        elif data is None and max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}, must not be negative")
+        if self.owed[0]:
+            self.take_owed()
+        if data is None:
+            self._command(self._kernels.receive_error)
+            if max_bytes < 0:
+                raise ValueError(f"max_bytes is {max_bytes}, must not be negative")
         return data
+
+    def take_owed(self) -> None:
+        """Do what receives have left to be done: wake the peer, look after rings."""
+        self._command(self._kernels.take_owed)
 
     def recv_into(self, buffer: Any, wait: bool = True) -> int:
         """Copy what is there into `buffer`, as `recv` does.
@@ -255,7 +275,7 @@ class Endpoint:
         received = self._kernels.recv_into(self._address, buffer, wait)
         if 0 <= received < _ATTENTION:
             return received
-        return self._finish(received)
+        return self.finish(received)
 
     def peek(self) -> tuple[memoryview, ...]:
         """Lend what can be read of the ring in use, without a copy.
@@ -274,7 +294,7 @@ class Endpoint:
         missing = max_bytes - sum(map(len, here))
         beyond = min(missing, self._command(self._kernels.readable_beyond)) if missing and here else 0
         if beyond:
-            here = (*here, self._rings[self._words[words.RX_MOVE_RING]][:beyond])
+            here = (*here, self._rings.get(self._words[words.RX_MOVE_RING], _NO_RING)[:beyond])
         return b"".join(here)
 
     def _views(self, unread: int) -> tuple[memoryview, ...]:
@@ -294,7 +314,7 @@ class Endpoint:
         Args: `wait`: as for `recv`.
         """
         unread = self._kernels.readable_bytes(self._address, wait)
-        if not 0 < unread < _ATTENTION and (unread := self._finish(unread)) == 0:
+        if not 0 < unread < _ATTENTION and (unread := self.finish(unread)) == 0:
             return memoryview(b"")
         mine = self._words
         at = (mine[words.CONSUMER] - mine[words.RX_BASE]) % mine[words.RX_BYTES]
@@ -312,6 +332,10 @@ class Endpoint:
     def readable_bytes(self) -> int:
         """Count the bytes to read in the ring in use; 0 only if there are none at all. Raises as `peek`."""
         return self._command(self._kernels.readable_bytes)
+
+    def all_readable_bytes(self) -> int:
+        """Count the bytes to read in both rings, where the peer has moved on. Raises as `peek`."""
+        return self._command(self._kernels.readable_bytes) + self._command(self._kernels.readable_beyond)
 
     def rx_state(self) -> RxState:
         """Tell data, end of stream, abort and mere emptiness apart, in one step.
@@ -331,6 +355,17 @@ class Endpoint:
         Ordering: loaded with acquire.
         """
         return Flags(self._command(self._kernels.flags_of_peer) & header.STATE_FLAGS)
+
+    def tell_flags(self, flags: int) -> None:
+        """Say as of which of the peer's flags a gated send need not fail with FAILED_LOOK."""
+        self._words[words.FLAGS_TOLD] = flags
+
+    def change_gates(self, *, tx_shut: int = 0, tx_open: int = 0, rx_shut: int = 0, rx_open: int = 0) -> None:
+        """Say for which reasons, bits of 1 to 128, gated sends and short receives must fail, and for which no longer.
+
+        NOT_SENDING and PEER_GONE shut the gate to every gated send, other bits to short ones.
+        """
+        self._kernels.change_gates(self._address, tx_shut | tx_open << 8 | rx_shut << 16 | rx_open << 24)
 
     def set_flags(self, bits: int) -> None:
         """Add flags for the peer to see, and wake whichever of its sides sleeps. Flags are never taken back.
@@ -383,7 +418,7 @@ class Endpoint:
         Raises: LocalProtocolError (closed).
         """
         result = self._kernels.ring_if_parked(self._address, 0)
-        self._finish(result)
+        self.finish(result)
         return result == _DOORBELL
 
     # Rings
@@ -424,8 +459,7 @@ class Endpoint:
         mine[words.RX_OFFERS] += 1
         mine[words.RX_NEXT_OFFER], mine[words.RX_NEXT_RING] = mine[words.RX_OFFERS], region.address
         mine[words.RX_NEXT_TOKEN] = token - (token >> 63 << 64)
-        mine[words.RX_NEXT_BYTES] = region.length
-        self._command(self._kernels.offer_ring)
+        self._command(self._kernels.offer_ring, region.length)
 
     def read_offer(self) -> tuple[int, int, int] | None:
         """Return number, token and length of the ring that the peer offers, once; None: nothing new.
@@ -459,21 +493,10 @@ class Endpoint:
 
     def uses(self, region: Mapped) -> bool | None:
         """Whether a region of rings is in use, or may be; then never again. None: cannot be said in mid-call."""
-        mine = self._words
-        if mine[words.RX_BUSY] or mine[words.TX_BUSY]:
-            return None
-        rings = [mine[words.RX_RING], mine[words.TX_RING]]
-        for ring, size in (
-            (words.RX_NEXT_RING, words.RX_NEXT_BYTES),
-            (words.RX_MOVE_RING, words.RX_MOVE_BYTES),
-            (words.TX_NEXT_RING, words.TX_NEXT_BYTES),
-        ):
-            if mine[size]:
-                rings.append(mine[ring])
-        if region.address in rings:
-            return True
-        self._rings.pop(region.address, None)
-        return False
+        found = self._kernels.uses(self._address, region.address)  # in one step: rings change with the GIL held
+        if found == 0:
+            self._rings.pop(region.address, None)
+        return None if found == 2 else found == 1
 
     # Settings and end
 
@@ -525,16 +548,16 @@ class Endpoint:
         result = kernel(self._address, argument)
         if 0 <= result < _ATTENTION:
             return result
-        return self._finish(result)
+        return self.finish(result)
 
-    def _finish(self, result: int) -> int:
+    def finish(self, result: int) -> int:
         """Do what a kernel's result asks for: ring the doorbell, look after rings, raise; returns the count in it."""
         if result < 0:
             self._fail(result)
-        if result & _ATTENTION and self.attend is not None:
-            self.attend()
         if result & _DOORBELL:
             self._doorbell()
+        if result & _ATTENTION and self.attend is not None:
+            self.attend()
         return result & (_ATTENTION - 1)
 
     def _fail(self, code: int) -> NoReturn:

@@ -64,6 +64,10 @@ class Kernels(NamedTuple):
     read_offer: Command
     go_home: Command
     readable_beyond: Command
+    uses: Command
+    take_owed: Command
+    receive_error: Command
+    change_gates: Command
     exchange: Callable[[int, int, int], int]
 
 
@@ -89,6 +93,10 @@ _SOURCES: dict[str, tuple[Callable[..., Any], Any]] = {
     "read_offer": (move.read_offer, _COMMAND),
     "go_home": (move.go_home, _COMMAND),
     "readable_beyond": (move.readable_beyond, _COMMAND),
+    "uses": (move.uses, _COMMAND),
+    "take_owed": (ring.take_owed, _COMMAND),
+    "receive_error": (ring.receive_error, _COMMAND),
+    "change_gates": (ring.change_gates, _COMMAND),
     "exchange": (offer.exchange, numba_types.int64(numba_types.int64, numba_types.int64, numba_types.int64)),
 }
 assert tuple(_SOURCES) == Kernels._fields

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ism.shm.atomics import load_acquire_u64, load_relaxed_u64, store_release_u64
+from ism.shm.atomics import fence, load_acquire_u64, load_relaxed_u64, store_release_u64
 from ism.shm.header import NEXT_BYTES, NEXT_CURSOR, NEXT_MOVES, NEXT_OFFER, NEXT_RING, NEXT_TOKEN
 from ism.shm.header import PRODUCER as PRODUCER_AT
 from ism.shm.jit import helper
@@ -60,18 +60,20 @@ from ism.shm.state import (
     RESERVED,
     RX_BUSY,
     RX_BYTES,
+    RX_DRY,
     RX_FULL,
     RX_HEADER,
     RX_MARK,
     RX_MAY_GROW,
     RX_MOVE_AT,
     RX_MOVE_BYTES,
+    RX_MOVE_RING,
     RX_MOVED,
     RX_NEXT_BYTES,
     RX_NEXT_OFFER,
+    RX_NEXT_RING,
     RX_NEXT_TOKEN,
-    RX_RANG,
-    RX_SLEPT,
+    RX_RING,
     SHUT,
     TX_AWAY,
     TX_BASE,
@@ -96,8 +98,8 @@ _PERIOD_RINGS = 16
 """What is counted below is counted over so many ring sizes of bytes."""
 _OFTEN = 4
 _HOT_BYTES = 512 * 1024
-"""A ring smaller than this grows when it is full often; a larger one only if both ends also sleep often: it is as
-large as a processor's own cache, and a reader that is merely slow would not become faster."""
+"""A ring smaller than this grows when it is full often; a larger one only if it is also empty often, so that each end
+waits for the other: it is as large as a processor's own cache, and a reader that is merely slow would not gain."""
 
 
 # Receiving ------------------------------------------------------------------------------------------------------
@@ -111,12 +113,11 @@ def _wants(state: Any, unread: int) -> int:
     if get(state, CONSUMER) - get(state, RX_MARK) > _PERIOD_RINGS * get(state, RX_BYTES):
         put(state, RX_MARK, get(state, CONSUMER))
         put(state, RX_FULL, 0)
-        put(state, RX_SLEPT, 0)
-        put(state, RX_RANG, 0)
+        put(state, RX_DRY, 0)
         return 0
     if get(state, RX_FULL) < _OFTEN:
         return 0
-    if get(state, RX_BYTES) >= _HOT_BYTES and (get(state, RX_SLEPT) < _OFTEN or get(state, RX_RANG) < _OFTEN):
+    if get(state, RX_BYTES) >= _HOT_BYTES and get(state, RX_DRY) < _OFTEN:
         return 0
     put(state, RX_MAY_GROW, 0)
     return ATTENTION
@@ -126,8 +127,6 @@ def _wants(state: Any, unread: int) -> int:
 def after_reading(state: Any, unread: int) -> int:
     """Second half of a consumption, of `unread` bytes that were there: DOORBELL, ATTENTION, both or 0."""
     result = after_consuming(state)
-    if result != 0:
-        put(state, RX_RANG, get(state, RX_RANG) + 1)
     if get(state, RX_MAY_GROW) != 0:
         result |= _wants(state, unread)
     if get(state, RX_MOVED) != 0:
@@ -136,16 +135,18 @@ def after_reading(state: Any, unread: int) -> int:
     return result
 
 
-def offer_ring(state: Any, unused: int) -> int:
-    """Kernel: offer the peer the ring that RX_NEXT_* describe; 0, or why not."""
+def offer_ring(state: Any, length: int) -> int:
+    """Kernel: offer the peer the ring that RX_NEXT_* describe, of `length` bytes; 0, or why not."""
     fate = get(state, FATE)
     if fate == SHUT:
         return FAILED_SHUT
     if fate == POISONED:
         return FAILED_LIE
+    fence()  # a receive may run without the GIL, and look as soon as there is a length
+    put(state, RX_NEXT_BYTES, length)
     header = get(state, TX_HEADER)
     store_release_u64(header + NEXT_TOKEN, get(state, RX_NEXT_TOKEN))
-    store_release_u64(header + NEXT_BYTES, get(state, RX_NEXT_BYTES))
+    store_release_u64(header + NEXT_BYTES, length)
     store_release_u64(header + NEXT_OFFER, get(state, RX_NEXT_OFFER))
     return 0
 
@@ -175,6 +176,19 @@ def readable_beyond(state: Any, unused: int) -> int:
         return min(left, 0)
     producer = load_acquire_u64(get(state, RX_HEADER) + PRODUCER_AT)
     return min(max(producer - get(state, RX_MOVE_AT), 0), get(state, RX_MOVE_BYTES))
+
+
+def uses(state: Any, ring: int) -> int:
+    """Kernel: 1 when the ring at that address is in use, or may be; 0: never again; 2: cannot be said in mid-call."""
+    if get(state, RX_BUSY) != 0 or get(state, TX_BUSY) != 0:
+        return 2
+    if ring in (get(state, RX_RING), get(state, TX_RING)):
+        return 1
+    if get(state, RX_NEXT_BYTES) != 0 and ring == get(state, RX_NEXT_RING):
+        return 1
+    if get(state, RX_MOVE_BYTES) != 0 and ring == get(state, RX_MOVE_RING):
+        return 1
+    return 1 if get(state, TX_NEXT_BYTES) != 0 and ring == get(state, TX_NEXT_RING) else 0
 
 
 # Sending --------------------------------------------------------------------------------------------------------

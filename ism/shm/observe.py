@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ism.shm.atomics import load_acquire_u32, load_acquire_u64
+from ism.shm.atomics import fence, load_acquire_u32, load_acquire_u64
 from ism.shm.header import CONSUMER as CONSUMER_AT
 from ism.shm.header import (
     FLAGS,
@@ -46,6 +46,7 @@ from ism.shm.state import (
     POISONED,
     RX_BASE,
     RX_BYTES,
+    RX_DRY,
     RX_FULL,
     RX_HEADER,
     RX_HOME_BYTES,
@@ -59,9 +60,7 @@ from ism.shm.state import (
     RX_NEXT_BYTES,
     RX_NEXT_OFFER,
     RX_NEXT_RING,
-    RX_RANG,
     RX_RING,
-    RX_SLEPT,
     SAME_KERNEL,
     SHUT,
     TX_BASE,
@@ -161,6 +160,7 @@ def note_move(state: Any) -> int:
         put(state, RX_MOVE_RING, get(state, RX_HOME_RING))
         put(state, RX_MOVE_BYTES, get(state, RX_HOME_BYTES))
     elif ring != 0 and ring == get(state, RX_NEXT_OFFER) and get(state, RX_NEXT_BYTES) != 0:
+        fence()  # the length was stored last, perhaps just now, for a peer that names the offer before it can know it
         put(state, RX_MOVE_RING, get(state, RX_NEXT_RING))
         put(state, RX_MOVE_BYTES, get(state, RX_NEXT_BYTES))
         put(state, RX_NEXT_BYTES, 0)
@@ -190,8 +190,7 @@ def cross(state: Any) -> int:
     put(state, RX_MOVED, 1)
     put(state, RX_MARK, at)
     put(state, RX_FULL, 0)
-    put(state, RX_SLEPT, 0)
-    put(state, RX_RANG, 0)
+    put(state, RX_DRY, 0)
     put(state, PEER_PRODUCER, producer)
     return beyond
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ism.shm.atomics import fence, memcpy, store_release_u32, store_release_u64
+from ism.shm.atomics import fence, load_relaxed_u32, memcpy, store_release_u32, store_release_u64
 from ism.shm.header import CONSUMER as CONSUMER_AT
 from ism.shm.header import FLAGS, HELLO, KERNEL_ID, RING_BYTES, STATE_FLAGS, Flags
 from ism.shm.header import PRODUCER as PRODUCER_AT
@@ -33,8 +33,12 @@ from ism.shm.state import (
     CONSUMER,
     FAILED_ARGUMENT,
     FAILED_LIE,
+    FAILED_LOOK,
     FAILED_SHUT,
     FATE,
+    FLAGS_TOLD,
+    GATED,
+    HELD,
     KERNEL,
     MY_FLAGS,
     PEER_CONSUMER,
@@ -45,13 +49,19 @@ from ism.shm.state import (
     RX_BASE,
     RX_BUSY,
     RX_BYTES,
-    RX_OUTCOME,
+    RX_DRY,
+    RX_GATE,
+    RX_HEADER,
+    RX_OWED,
     RX_RING,
-    RX_SLEPT,
+    SHORT,
     SHUT,
+    SPIN,
+    STATE_BITS,
     TX_BASE,
     TX_BUSY,
     TX_BYTES,
+    TX_GATE,
     TX_HEADER,
     TX_NEXT_BYTES,
     TX_RING,
@@ -105,28 +115,44 @@ def _copy_in_long(state: Any, source: int, length: int, room: int) -> int:
 def send(state: Any, data: Any, wait: int) -> int:
     """Kernel: copy what fits of `data` into the peer's ring; bytes copied, DOORBELL may be added.
 
+    `wait`: of SPIN, GATED, SHORT. GATED: FAILED_LOOK, and nothing sent, when the caller has to look at the peer's flags
+    before, or at its own state: so nobody has to who sends while all is well. SHORT: also when the gate is shut for
+    another reason, room is lent, or not all of `data` can be sent with the GIL held; without SPIN the GIL is never
+    given up then, so threads need no lock. A send that does not send all sets HELD, so that no short send of another
+    thread comes in between; whoever cares has it cleared when the rest is sent, or given up.
     Of a long copy to a sleeping reader only the first piece is done, for the doorbell to be rung early.
     """
     error = entry_error(state, TX_BUSY)
     if error < 0:
         return error
+    if wait & GATED != 0:
+        flags = load_relaxed_u32(get(state, RX_HEADER) + FLAGS)
+        if get(state, TX_GATE) & STATE_BITS != 0 or flags != get(state, FLAGS_TOLD):
+            return FAILED_LOOK
+    if wait & SHORT != 0 and (get(state, TX_GATE) != 0 or get(state, RESERVED) != 0):
+        return FAILED_LOOK
     put(state, RESERVED, 0)
     length: int = data.length
     if length == 0:
         return 0
     attention = 0
     if get(state, TX_NEXT_BYTES) != 0:
+        if wait & SHORT != 0:
+            return FAILED_LOOK
         attention = go_on_elsewhere(state)
     room = get(state, TX_BYTES) - (get(state, PRODUCER) - max(get(state, PEER_CONSUMER), get(state, TX_BASE)))
     if room < length:
         room = writable(state)
-        if room == 0 and wait != 0 and spin_for_room(state):
+        if room == 0 and wait & SPIN != 0 and spin_for_room(state):
             room = writable(state)
         if room < 0:
             return room
         attention |= is_offered(state)
-        if room == 0:
+        if room == 0 and wait & SHORT == 0:
+            put(state, TX_GATE, get(state, TX_GATE) | HELD)
             return attention
+    if wait & SHORT != 0 and (room < length or length >= LONG_BYTES):
+        return FAILED_LOOK
     if min(length, room) < LONG_BYTES:
         done = min(length, room)
         _copy_in(state, data.address, done)
@@ -138,6 +164,8 @@ def send(state: Any, data: Any, wait: int) -> int:
         done = _copy_in_long(state, data.address, length, room)
         acquire_gil(thread)
         put(state, TX_BUSY, 0)
+    if done < data.length:
+        put(state, TX_GATE, get(state, TX_GATE) | HELD)
     return done | attention | after_publishing(state)
 
 
@@ -228,15 +256,19 @@ def _unread(state: Any, wanted: int, wait: int) -> int:
     error = entry_error(state, RX_BUSY)
     if error < 0:
         return error
+    if wait & SHORT != 0 and get(state, RX_GATE) != 0:
+        return FAILED_LOOK
     if wanted <= 0:
         return 0
     unread = get(state, PEER_PRODUCER) - get(state, CONSUMER)
     if unread < wanted:
         unread = readable(state)
-        if unread == 0 and wait != 0 and spin_for_data(state):
-            unread = readable(state)
-        elif unread == 0:
-            put(state, RX_SLEPT, get(state, RX_SLEPT) + 1)
+        if unread == 0 and wait & SHORT == 0:
+            put(state, RX_DRY, get(state, RX_DRY) + 1)
+            if wait & SPIN != 0 and spin_for_data(state):
+                unread = readable(state)
+    if wait & SHORT != 0 and min(unread, wanted) >= LONG_BYTES:
+        return FAILED_LOOK
     return unread
 
 
@@ -255,10 +287,14 @@ def _copy_out_any(state: Any, destination: int, count: int, length: int, unread:
 
 
 def recv(state: Any, max_bytes: int, wait: int) -> Any:
-    """Kernel: a new bytes object with up to `max_bytes`, or None; RX_OUTCOME: negative, 0, or DOORBELL."""
+    """Kernel: a new bytes object with up to `max_bytes`, or None, for whatever reason: see `receive_error`.
+
+    DOORBELL and ATTENTION are added to RX_OWED, where they stay until somebody has taken them by `take_owed`: threads
+    that receive in turns need not know whose they were.
+    `wait`: of SPIN and SHORT, as for `send`.
+    """
     unread = _unread(state, max_bytes, wait)
     if unread <= 0:
-        put(state, RX_OUTCOME, unread)
         return none_object()
     count = min(unread, max_bytes)
     data = new_bytes(count)
@@ -266,8 +302,27 @@ def recv(state: Any, max_bytes: int, wait: int) -> Any:
     if address == 0:
         return data
     _copy_out_any(state, address, count, count, unread)
-    put(state, RX_OUTCOME, after_reading(state, unread))
+    put(state, RX_OWED, get(state, RX_OWED) | after_reading(state, unread))
     return data
+
+
+def take_owed(state: Any, unused: int) -> int:
+    """Kernel: what receives have left to be done, DOORBELL, ATTENTION or both; it is the caller's now."""
+    owed = get(state, RX_OWED)
+    put(state, RX_OWED, 0)
+    return owed
+
+
+def receive_error(state: Any, unused: int) -> int:
+    """Kernel: why no receive can succeed, or 0."""
+    return entry_error(state, RX_BUSY)
+
+
+def change_gates(state: Any, change: int) -> int:
+    """Kernel: set and clear bits of the gates; `change`: bytes TX to set, TX to clear, RX to set, RX to clear."""
+    put(state, TX_GATE, (get(state, TX_GATE) | change & 0xFF) & ~(change >> 8 & 0xFF))
+    put(state, RX_GATE, (get(state, RX_GATE) | change >> 16 & 0xFF) & ~(change >> 24 & 0xFF))
+    return 0
 
 
 def recv_into(state: Any, buffer: Any, wait: int) -> int:

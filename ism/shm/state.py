@@ -23,20 +23,20 @@ from ism.shm.jit import intrinsic, numba_types
 RX_HEADER, TX_HEADER = 0, 1
 FATE, LIE_FIELD, LIE_OBSERVED, LIE_LOWEST, LIE_HIGHEST = 2, 3, 4, 5, 6
 HELLO_SEEN, PEER_FLAGS, MY_FLAGS = 7, 8, 9
-MAX_SPIN_NS, KERNEL, PEER_KERNEL, ALONE, MY_CPU = 10, 11, 12, 13, 14
+MAX_SPIN_NS, KERNEL, PEER_KERNEL, MY_CPU = 10, 11, 12, 14
 # sending
 TX_RING, TX_BYTES, PRODUCER, PEER_CONSUMER, TX_BUSY = 16, 17, 18, 19, 20
 RESERVED, WRITER_SLEEP, READER_RUNG, TX_SPIN = 21, 22, 23, 24
 TX_BASE, TX_HOME_RING, TX_HOME_BYTES, TX_OFFER_SEEN = 32, 33, 34, 35
 TX_NEXT_OFFER, TX_NEXT_RING, TX_NEXT_BYTES, TX_MOVES, TX_AWAY = 36, 37, 38, 39, 40
-TX_OFFERED_TOKEN, TX_OFFERED_BYTES = 41, 42
+TX_OFFERED_TOKEN, TX_OFFERED_BYTES, TX_GATE, FLAGS_TOLD = 41, 42, 43, 44
 # receiving
 RX_RING, RX_BYTES, CONSUMER, PEER_PRODUCER, RX_BUSY = 48, 49, 50, 51, 52
-WINDOW, READER_SLEEP, WRITER_RUNG, RX_SPIN, RX_OUTCOME = 53, 54, 55, 56, 60
+WINDOW, READER_SLEEP, WRITER_RUNG, RX_SPIN, RX_OWED = 53, 54, 55, 56, 60
 RX_BASE, RX_HOME_RING, RX_HOME_BYTES, RX_OFFERS, RX_MAY_GROW = 64, 65, 66, 67, 68
 RX_NEXT_OFFER, RX_NEXT_RING, RX_NEXT_BYTES, RX_NEXT_TOKEN = 69, 70, 71, 72
 RX_MOVES, RX_MOVE_AT, RX_MOVE_RING, RX_MOVE_BYTES, RX_MOVED = 73, 74, 75, 76, 77
-RX_MARK, RX_FULL, RX_SLEPT, RX_RANG = 78, 79, 80, 81
+RX_MARK, RX_FULL, RX_DRY, RX_GATE = 78, 79, 80, 81
 
 WORDS = 96
 
@@ -49,8 +49,16 @@ UNKNOWN_KERNEL, SAME_KERNEL, OTHER_KERNEL = 0, 1, 2
 # values of FATE
 ALIVE, POISONED, SHUT = 0, 1, 2
 
+# bits of the last argument of `send` and `recv`: spin when there is nothing to do; refuse to send when one of the
+# gate's STATE_BITS is set, or there are flags not told; refuse when any bit of it is set, and what is no one short copy
+SPIN, GATED, SHORT = 1, 2, 4
+
+# bits of the gates: the lowest are about this end's state, which matters to every send; the others to short calls alone
+NOT_SENDING, PEER_GONE, HELD = 1, 2, 4
+STATE_BITS = NOT_SENDING | PEER_GONE
+
 # results of kernels below zero, and the bits that ask the caller to ring the doorbell, or to see to its buffers
-FAILED_LIE, FAILED_SHUT, FAILED_BUSY, FAILED_ARGUMENT = -1, -2, -3, -4
+FAILED_LIE, FAILED_SHUT, FAILED_BUSY, FAILED_ARGUMENT, FAILED_LOOK = -1, -2, -3, -4, -5
 DOORBELL = 1 << 62
 ATTENTION = 1 << 61
 """Asks the caller to look at its buffers: one is wanted, offered, or no longer used (`ism.shm.move`)."""

@@ -34,6 +34,8 @@ from typing import Any
 
 from ism.driver import Device
 from ism.errors import ConfigError, IsmError
+from ism.shm.endpoint import QUICK, Endpoint
+from ism.shm.state import GATED, SHORT
 from ism.smc import info as _info
 from ism.smc import monitor
 from ism.smc.channel import Channel, deadline_of, left_ms, would_block
@@ -82,10 +84,17 @@ def _waker() -> int:
 
 class _Waker:
     def __init__(self) -> None:
-        self.fd, self.pid = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.getpid()
+        self.fd, self.pid = -1, os.getpid()  # also where no descriptor is left: `__del__` looks
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.fd)
+        if self.fd >= 0:
+            close(self.fd)
+
+
+_QUICKLY = GATED | SHORT
+_QUICK_BUFFERS = (bytearray, memoryview)
+_NOTHING_OWED = memoryview(bytes(8)).cast("q")
 
 
 class socket(_Base):
@@ -104,7 +113,12 @@ class socket(_Base):
         "_mirrored",
         "_policy",
         "_publication",
+        "_quick_end",
+        "_quick_recv",
+        "_quick_recv_into",
+        "_quick_send",
         "_relay",
+        "_rx_owed",
         "_tcp_loans",
     )
 
@@ -117,6 +131,11 @@ class socket(_Base):
         self._publication: Publication | None = None
         self._relay: Relay | None = None
         self._tcp_loans: TcpLoans | None = None
+        self._quick_end: Endpoint | None = None
+        self._quick_send: Callable[[bytes, int], int] | None = None
+        self._quick_recv: Callable[[int, int], bytes | None] | None = None
+        self._quick_recv_into: Callable[[Any, int], int] | None = None
+        self._rx_owed = _NOTHING_OWED
         self._linger_reset = self._mirrored = self._carried = False
         if fileno is not None and (original := socket_of(fileno)) is not None:
             original._give_away()
@@ -337,6 +356,10 @@ class socket(_Base):
                 self._channel = Channel(
                     link.connection, link.raw, max_spin_ns=self._policy.spin_us * 1000, mirrored=self._mirrored
                 )
+                endpoint = link.connection.endpoint
+                self._rx_owed, self._quick_end = endpoint.owed, endpoint
+                self._quick_send, self._quick_recv = endpoint.quick_send, endpoint.quick_recv
+                self._quick_recv_into = endpoint.quick_recv_into
             return self._channel
 
     def _wait_decided(self, link: Link, sending: bool, timeout_s: float | None) -> None:
@@ -358,6 +381,12 @@ class socket(_Base):
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         """As `socket.send`."""
+        # what is short and has room is left to the kernel: it looks at what else could matter (`ism.shm.ring.send`)
+        quick = self._quick_send
+        if quick is not None and type(data) is bytes and not flags:
+            sent = quick(data, _QUICKLY)
+            if sent >= 0:
+                return sent if sent < QUICK else self._finish(sent)
         channel = self._channel
         if channel is None:
             if self._tcp_loans is not None:
@@ -376,6 +405,11 @@ class socket(_Base):
             _check_buffer(data)  # what is no buffer is told first
             raise
 
+    def _finish(self, result: int) -> int:
+        """Do what a kernel has left to be done: wake the peer, see to the buffers. Returns the count in its result."""
+        assert self._quick_end is not None  # not taken away with the channel: what was done is to be ended
+        return self._quick_end.finish(result)
+
     def _send_flags(self, channel: Channel, data: Any, flags: int) -> int:
         _supported(flags, _SEND_FLAGS)
         timeout_s = self._timeout(flags)
@@ -390,6 +424,13 @@ class socket(_Base):
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """As `socket.sendall`."""
+        quick = self._quick_send
+        if quick is not None and type(data) is bytes and not flags:
+            sent = quick(data, _QUICKLY)
+            if sent >= 0:
+                if sent >= QUICK:
+                    self._finish(sent)
+                return None
         channel = self._channel
         if channel is None:
             if self._tcp_loans is not None:
@@ -481,6 +522,14 @@ class socket(_Base):
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """As `socket.recv`."""
+        quick = self._quick_recv
+        if quick is not None and type(bufsize) is int and 0 < bufsize <= sys.maxsize and not flags:
+            data = quick(bufsize, _QUICKLY)
+            if data is not None:
+                if self._rx_owed[0]:
+                    assert self._quick_end is not None
+                    self._quick_end.take_owed()
+                return data
         channel = self._channel
         if channel is None:
             if self._tcp_loans is not None:
@@ -532,6 +581,14 @@ class socket(_Base):
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """As `socket.recv_into`."""
+        quick = self._quick_recv_into
+        if quick is not None and not nbytes and not flags and type(buffer) in _QUICK_BUFFERS:
+            try:
+                count = quick(buffer, _QUICKLY)
+                if count > 0:
+                    return count if count < QUICK else self._finish(count)
+            except (TypeError, BufferError):
+                pass  # not to be written in place: told below, in the standard library's words
         channel = self._channel
         if channel is None:
             if self._tcp_loans is not None:
@@ -712,12 +769,19 @@ class socket(_Base):
         if link.stage is Stage.SMC:
             channel = self._channel or self._made_channel(link)
             self._relay = Relay(_Plain.fileno(self), link, channel)
-            self._link = self._channel = None
+            self._link = None
+            self._take_channel()
             monitor.forget(self)  # the relay is shown in its place
             return
         if link.stage is Stage.TCP:
             self._fallback = Fallback(link.code, link.why)
         self._drop_link()
+
+    def _take_channel(self) -> Channel | None:
+        """Let somebody else move the bytes from now on. Returns the channel."""
+        channel, self._channel = self._channel, None
+        self._quick_send = self._quick_recv = self._quick_recv_into = None
+        return channel
 
     def __del__(self) -> None:
         link: Link | None = getattr(self, "_link", None)

@@ -35,6 +35,7 @@ from typing import Any
 
 from ism.driver import Region
 from ism.errors import DeviceGoneError, TransportError
+from ism.shm.state import HELD
 from ism.smc.connection import Connection, os_error
 from ism.smc.lending import Loan, ReceiveLoan, SendLoan, check_turn, give_back, publish
 from ism.smc.states import Outcome
@@ -68,6 +69,10 @@ def left_ms(deadline_s: float) -> float | None:
     if left <= 0:
         raise TimeoutError("timed out")
     return left * 1000
+
+
+_BOTH_HERE, _LENT, _MIRRORED = 8, 16, 32
+"""Why short sends or receives of a connection must not go past its channel, besides those of `ism.shm.state`."""
 
 
 class _Sleeper:
@@ -138,6 +143,8 @@ class Channel:
         self.ended = False
         self._want_room: list[Callable[[], None]] = []
         connection.endpoint.max_spin_ns = max_spin_ns
+        if connection.peer.devid == connection.rx.device.devid:
+            connection.endpoint.change_gates(tx_shut=_BOTH_HERE)  # what is sent may have to be shown in this process
         connection.on_peer_gone(self._on_end)
         self._set_lowat(2)
         if mirrored:
@@ -158,6 +165,7 @@ class Channel:
             if self.mirrored or self.connection.closed:
                 return
             self.mirrored = True
+            self.connection.endpoint.change_gates(rx_shut=_MIRRORED)
             try:
                 self._service.add(self.connection.fd, self._on_doorbell)
             except (DeviceGoneError, TransportError, OSError):
@@ -172,6 +180,7 @@ class Channel:
         with self._mirror:
             if self.mirrored:
                 self.mirrored = False
+                self.connection.endpoint.change_gates(rx_open=_MIRRORED)
                 self._service.remove(self.connection.fd)
             self._sleeper.move(raw.fileno())
             self.raw = raw
@@ -293,12 +302,14 @@ class Channel:
         try:
             if self._receive_loan is not None:
                 self._receive_loan.settle()
+            self.connection.endpoint.change_gates(rx_shut=_LENT)  # before the look: what it shows is nobody else's
             view = self.connection.lend_unread(max_bytes, timeout_s != 0.0)
             if view is None:
                 view = self._wait_for(lambda: self.connection.lend_unread(max_bytes), timeout_s)
             made = ReceiveLoan(view, self._give_back, check_open=self._check_open, lock=lock)
             self._receive_loan = made
         except BaseException:
+            self.connection.endpoint.change_gates(rx_open=_LENT)
             lock.release()
             raise
         return made
@@ -306,6 +317,7 @@ class Channel:
     def _give_back(self, count: int) -> None:
         self._receive_loan = None
         give_back(self.connection, count)
+        self.connection.endpoint.change_gates(rx_open=_LENT)
         if self.mirrored:
             self._refresh()
 
@@ -321,7 +333,9 @@ class Channel:
     def _nothing_comes(self, beyond: int) -> bool:
         """Whether no more than so many bytes will ever be there: the ring holds no more, or the peer has finished."""
         endpoint = self.connection.endpoint
-        return beyond >= endpoint.rx_ring_bytes or (bool(endpoint.peer_flags()) and endpoint.readable_bytes() == beyond)
+        return beyond >= endpoint.rx_ring_bytes or (
+            bool(endpoint.peer_flags()) and endpoint.all_readable_bytes() == beyond
+        )
 
     def _drop_stray(self) -> None:
         """Drop what has come over TCP besides the ballast: it would make the descriptor readable for ever.
@@ -382,7 +396,10 @@ class Channel:
             if _mirrored_here:
                 self._tell_peer_here()
             size = len(data) if type(data) is bytes else memoryview(data).nbytes
-            if sent == size or (sent and timeout_s is not None):
+            if sent == size:
+                return sent
+            if sent and timeout_s is not None:
+                self.connection.endpoint.change_gates(tx_open=HELD)
                 return sent
             return self._send_rest(data, sent, timeout_s, everything=timeout_s is None)
         finally:
@@ -405,6 +422,12 @@ class Channel:
             lock.release()
 
     def _send_rest(self, data: _Buffer, sent: int, timeout_s: float | None, *, everything: bool) -> int:
+        try:
+            return self._send_in_pieces(data, sent, timeout_s, everything=everything)
+        finally:
+            self.connection.endpoint.change_gates(tx_open=HELD)  # other threads' bytes did not come in between
+
+    def _send_in_pieces(self, data: _Buffer, sent: int, timeout_s: float | None, *, everything: bool) -> int:
         view = memoryview(data).cast("B")
         deadline = deadline_of(NONBLOCKING_WAIT_S if timeout_s == 0.0 else timeout_s)
         while sent < len(view):
@@ -450,6 +473,7 @@ class Channel:
                     if not view:
                         _check_time(deadline, timeout_s)
             made = self._send_loan = SendLoan(view, self._publish, check_open=self._check_open, lock=lock)
+            self.connection.endpoint.change_gates(tx_shut=_LENT)
         except BaseException:
             lock.release()
             raise
@@ -457,6 +481,7 @@ class Channel:
 
     def _publish(self, count: int) -> None:
         self._send_loan = None
+        self.connection.endpoint.change_gates(tx_open=_LENT)
         publish(self.connection, count)
         if count and _mirrored_here:
             self._tell_peer_here()
@@ -467,6 +492,7 @@ class Channel:
             if self._send_loan is not None:
                 self._send_loan.settle()
             sent = self.connection.send(data)
+            self.connection.endpoint.change_gates(tx_open=HELD)
             if _mirrored_here:
                 self._tell_peer_here()
             return sent

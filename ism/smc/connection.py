@@ -38,14 +38,19 @@ from ism.errors import DeviceGoneError, IsmError, LocalProtocolError, ProtocolEr
 from ism.eventfd import drain
 from ism.memory import PAGE_SIZE, Mapping
 from ism.shm import HEADER_BYTES, Endpoint, RxState, offer
+from ism.shm.endpoint import QUICK
 from ism.shm.header import FLAGS, Flags
 from ism.shm.kernels import load_kernels
+from ism.shm.state import FAILED_LOOK, GATED, NOT_SENDING, PEER_GONE, SPIN
 from ism.smc.group import Address, link_groups
 from ism.smc.handshake_machine import PeerAnswer
 from ism.smc.states import ConnectionStates, Outcome, State, Step
 from ism.smc.tuning import Tuner
 from ism.virtio.ism_spec import EventType
 
+_SPIN_GATED = SPIN | GATED
+_PARENTS = 64
+"""Why a gate is shut; the other reasons are in `ism.smc.channel` and `ism.shm.state`."""
 _REATTACH_S = 0.05
 """How long after a DETACH the peer's ATTACH may come: the device has sent both by the time a connection begins."""
 
@@ -137,7 +142,14 @@ class Connection:
         self._doorbell = _Doorbell(tx)
         self._device_lost = False
         self._local_wake: Callable[[], None] | None = None
-        self.endpoint = Endpoint(rx, tx, doorbell=self._doorbell)
+        self.endpoint = endpoint = Endpoint(rx, tx, doorbell=self._doorbell)
+        endpoint.change_gates(tx_shut=NOT_SENDING | (PEER_GONE if self._peer_gone else 0))
+        self._quick_send, self._quick_recv, self._quick_recv_into = (
+            endpoint.quick_send,
+            endpoint.quick_recv,
+            endpoint.quick_recv_into,
+        )
+        self._rx_owed = endpoint.owed
         self._tuner = Tuner(self.endpoint, rx.device, peer.devid, buffer_limit)
         self._flags_word = rx.view[FLAGS : FLAGS + 4].cast("I")
         self._flags_seen = 0
@@ -203,6 +215,7 @@ class Connection:
 
     def _note_gone(self) -> None:
         self._peer_gone = True
+        self.endpoint.change_gates(tx_shut=PEER_GONE)
         self._wake_locally()
 
     def on_peer_gone(self, wake: Callable[[], None]) -> None:
@@ -219,7 +232,16 @@ class Connection:
 
     def _take(self, step: Step) -> Step:
         self._send_outcome, self._receive_outcome = step.send, step.receive
+        self._set_gate()
         return step
+
+    def _set_gate(self) -> None:
+        """Let sends go by without a look at the state, as long as nothing is known that speaks against it."""
+        self.endpoint.tell_flags(self._flags_seen)
+        if self._send_outcome is Outcome.GOES:
+            self.endpoint.change_gates(tx_open=NOT_SENDING)
+        else:
+            self.endpoint.change_gates(tx_shut=NOT_SENDING)
 
     def _look(self) -> None:
         """Bring the state up to date with the peer's flags, then with its disappearance."""
@@ -310,9 +332,15 @@ class Connection:
         Returns: bytes taken; 0 when the ring is full.
         Raises: OSError (EPIPE, ECONNRESET, ECONNABORTED, EBADF), TypeError.
         """
-        if self._flags_word[0] != self._flags_seen or self._peer_gone or self._send_outcome is not Outcome.GOES:
-            self._check_sendable()
+        sent: int = self._quick_send(data, _SPIN_GATED)
+        return sent if 0 <= sent < QUICK else self._sent(sent, data)
+
+    def _sent(self, result: int, data: Any) -> int:
+        """End a send of which the kernel did not say that all is well."""
         try:
+            if result != FAILED_LOOK:
+                return self.endpoint.finish(result)
+            self._check_sendable()
             return self.endpoint.send(data)
         except ProtocolError as exc:
             self._refuse(exc)
@@ -373,17 +401,25 @@ class Connection:
         """
         if self._closed:
             raise os_error(Outcome.EBADF)
+        data: bytes | None = self._quick_recv(max_bytes, wait)
+        if data is None or self._rx_owed[0]:
+            return self._received(data, max_bytes)
+        if self._closed:  # by another thread: the bytes may be those of the pages put in place
+            raise os_error(Outcome.EBADF)
+        return data
+
+    def _received(self, data: bytes | None, max_bytes: int) -> bytes | None:
+        """End a receive of which the kernel did not say that all is well."""
         try:
-            while True:
-                data = self.endpoint.recv(max_bytes, wait)
-                if data is not None:
-                    if self._closed:  # by another thread: the bytes may be those of the pages put in place
-                        raise os_error(Outcome.EBADF)
-                    return data
-                if self._nothing_more():
-                    break
+            self.endpoint.take_owed()
+            while data is None and not self._nothing_more():
+                data = self.endpoint.recv(max_bytes, False)
         except ProtocolError as exc:
             self._refuse(exc)
+        if data is not None:
+            if self._closed:
+                raise os_error(Outcome.EBADF)
+            return data
         return b"" if self._at_end() else None
 
     def recv_into(self, buffer: Any, wait: bool = True) -> int | None:
@@ -394,17 +430,27 @@ class Connection:
         """
         if self._closed:
             raise os_error(Outcome.EBADF)
+        count: int = self._quick_recv_into(buffer, wait)
+        if not 0 < count < QUICK:
+            return self._received_into(count, buffer)
+        if self._closed:
+            raise os_error(Outcome.EBADF)
+        return count
+
+    def _received_into(self, count: int, buffer: Any) -> int | None:
         try:
-            while True:
-                count = self.endpoint.recv_into(buffer, wait)
-                if count:
-                    if self._closed:
-                        raise os_error(Outcome.EBADF)
-                    return count
-                if self._nothing_more():
-                    break
+            if count:
+                count = self.endpoint.finish(count)
+            elif not memoryview(buffer).nbytes:
+                return 0
+            while not count and not self._nothing_more():
+                count = self.endpoint.recv_into(buffer, False)
         except ProtocolError as exc:
             self._refuse(exc)
+        if count:
+            if self._closed:
+                raise os_error(Outcome.EBADF)
+            return count
         return 0 if self._at_end() else None
 
     def peek(self, max_bytes: int) -> bytes | None:
@@ -627,6 +673,7 @@ def _after_fork() -> None:
     """The connections are the parent's: here they are closed, and nothing that is shared is touched."""
     for connection in list(_live):
         connection._closed, connection._send_outcome = True, Outcome.EBADF
+        connection.endpoint.change_gates(tx_shut=NOT_SENDING, rx_shut=_PARENTS)
         connection._state_lock, connection._end_lock = threading.RLock(), threading.Lock()  # held by nobody here
     _live.clear()
 

@@ -7,9 +7,12 @@ Each connection that may tune has a `Tuner`, for both directions:
     receiving    home -> wanted (the ring is full often) -> offered -> in use -> wanted ... ; home again with the sender
     sending      home -> attached (the peer has offered) -> in use -> home (nothing sent for `IDLE_TICKS`)
 
-Sizes go from the first (`FIRST_BYTES`) up in steps of four to the connection's limit. A step that the device refuses is
-tried again at the next tick. A direction shrinks in one step, when the sender has been idle and all is consumed; a peer
-that never goes home keeps this side's memory, up to the limit, until the connection ends.
+Sizes go from the first (`FIRST_BYTES`) up in steps of four to the connection's limit. A step that the device refuses,
+or that cannot be made because a thread is in mid-call, is tried again at the next tick. A step of either direction is
+a turn, of which a connection has `TURNS`, and gets one back with each tick: a peer that moves back and forth, or offers
+rings without end, costs this side and the manager no more than that. A direction shrinks in one step, when the sender
+has been idle and all is consumed; a peer that never goes home keeps this side's memory, up to the limit, until the
+connection ends.
 
 Commands to the device wait, so they are given by a worker (`workers`), one at a time for each connection; idleness is
 looked for by one thread of the process, once a second, which exists while any connection has a larger ring. Neither
@@ -23,9 +26,10 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ism.errors import IsmError, LocalProtocolError
+from ism.errors import DeviceError, IsmError, LocalProtocolError, QuotaError, RemoteProtocolError
 from ism.ids import DevId, Token
 from ism.smc import workers
 from ism.virtio.ism_spec import Permission
@@ -45,6 +49,8 @@ PROCESS_BYTES = 1 << 30
 """All larger rings in which a process receives, together."""
 TICK_S = 1.0
 IDLE_TICKS = 3
+TURNS = 8
+"""Regions that a connection may ask the device for without waiting for a tick."""
 
 _SENDER_RIGHTS = Permission.READ | Permission.WRITE | Permission.ATTACH
 
@@ -58,7 +64,9 @@ class Tuner:
         self._mutex = threading.Lock()
         self._job = threading.Lock()
         self._regions: list[Region] = []
-        self._queued = self._closed = self._refused = False
+        self._offer: tuple[int, int, int] | None = None
+        self._turns = TURNS
+        self._queued = self._closed = self._refused = self._unfinished = False
         self._armed = limit >= FIRST_BYTES
         self._sent_seen, self._idle_ticks = 0, 0
         self._receiving_bytes = endpoint.rx_ring_bytes
@@ -68,7 +76,8 @@ class Tuner:
     @property
     def needs_ticks(self) -> bool:
         """Whether a larger ring of either direction is held, or was refused, so that idleness has to be looked for."""
-        return not self._closed and bool(self._regions or self._refused)
+        waits = self._refused or self._unfinished or self._offer is not None or self._turns < TURNS
+        return not self._closed and bool(self._regions or waits)
 
     def _attend(self) -> None:
         """Have somebody look, soon; called from inside a send or a receive."""
@@ -83,17 +92,19 @@ class Tuner:
     def look(self) -> None:
         """Do what is due: let go of rings no longer used, take the peer's offer, offer a larger one."""
         with self._job:
-            self._queued = False
-            try:
-                self._retire()
-                self._take_offer()
-                self._grow()
-            except LocalProtocolError:
-                pass  # closed meanwhile, or a thread is sending: it will ask again
-            except (IsmError, OSError) as exc:
-                log.debug("a buffer of a connection with device %#x was not changed: %s", self._peer, exc)
+            self._queued = self._unfinished = False
+            for step in (self._retire, self._take_offer, self._grow):
+                self._try(step)
         if self.needs_ticks:
             _watched.add(self)
+
+    def _try(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except LocalProtocolError:
+            self._unfinished = True  # closed meanwhile, or a thread is in mid-call
+        except (IsmError, OSError) as exc:
+            log.debug("a buffer of a connection with device %#x was not changed: %s", self._peer, exc)
 
     def _retire(self) -> None:
         for region in list(self._regions):
@@ -116,18 +127,32 @@ class Tuner:
         return False
 
     def _take_offer(self) -> None:
-        offer = self._endpoint.read_offer()
-        if offer is None:
+        self._offer = offer = self._endpoint.read_offer() or self._offer
+        if offer is None or not self._may_take_turn():
             return
         number, token, length = offer
-        if not 0 < length <= min(LARGEST_OFFER, self._device.free_window):
+        if not number or not 0 < length <= LARGEST_OFFER:
+            self._offer = None
             return
-        region = self._device.attach(Token(token), Permission.READ | Permission.WRITE, offered_by=self._peer)
+        if 2 * length > self._device.free_window:
+            return  # at a later tick, perhaps
+        try:
+            region = self._device.attach(Token(token), Permission.READ | Permission.WRITE, offered_by=self._peer)
+        except (RemoteProtocolError, DeviceError) as exc:
+            if not isinstance(exc, QuotaError):
+                self._offer = None  # it was not the peer's to offer, or is gone
+            raise
+        self._offer = None
         if region.length != length:
             region.close()
-            return
-        if self._keep(region):
+        elif self._keep(region):
             self._endpoint.use_ring(region, number)
+
+    def _may_take_turn(self) -> bool:
+        if self._turns == 0:
+            return False
+        self._turns -= 1
+        return True
 
     def _grow(self) -> None:
         endpoint = self._endpoint
@@ -141,6 +166,8 @@ class Tuner:
             return  # nothing was asked for, or the peer has yet to move to what it was offered
         size = min(self._limit, max(FIRST_BYTES, STEP * self._receiving_bytes))
         self._refused = True
+        if not self._may_take_turn():
+            return
         if _grown.total + size > PROCESS_BYTES or 2 * size > self._device.free_window:
             return
         grants = [] if self._peer == self._device.devid else [(_SENDER_RIGHTS, self._peer)]
@@ -159,9 +186,14 @@ class Tuner:
             return True
         try:
             endpoint = self._endpoint
+            self._turns = min(TURNS, self._turns + 1)
             if self._refused:
                 self._refused = False
                 endpoint.may_grow = True
+            if self._unfinished or self._offer is not None:
+                self._unfinished = False
+                self._try(self._take_offer)
+                self._try(self._grow)
             idle = endpoint.sent_bytes == self._sent_seen
             self._sent_seen, self._idle_ticks = endpoint.sent_bytes, self._idle_ticks + 1 if idle else 0
             if self._idle_ticks >= IDLE_TICKS:
@@ -223,7 +255,7 @@ class _Watch:
             time.sleep(TICK_S)
             with self._lock:
                 tuners = list(self._tuners)
-            done = [tuner for tuner in tuners if not tuner.tick()]
+            done = [tuner for tuner in tuners if not _ticked(tuner)]
             with self._lock:
                 # one that was given a ring since its tick has been added again, or will be
                 for tuner in done:
@@ -233,6 +265,14 @@ class _Watch:
                     self._running = False
                     return
             del tuners, done
+
+
+def _ticked(tuner: Tuner) -> bool:
+    try:
+        return tuner.tick()
+    except Exception:
+        log.exception("the buffers of a connection are not looked after any more")
+        return False
 
 
 _grown, _watched = _Grown(), _Watch()

@@ -194,7 +194,7 @@ def test_a_full_ring_asks_for_a_larger_one_once_and_a_quiet_one_does_not() -> No
     assert not receiver.may_grow
 
 
-def test_a_large_ring_grows_only_while_both_ends_sleep() -> None:
+def test_a_large_ring_grows_only_if_it_is_empty_as_often_as_full() -> None:
     sender, receiver, _ = pair(1 << 20)
     asked: list[int] = []
     receiver.attend, receiver.may_grow = lambda: asked.append(1), True
@@ -202,17 +202,14 @@ def test_a_large_ring_grows_only_while_both_ends_sleep() -> None:
     for _ in range(20):
         while sender.send(block, False):
             pass
-        while receiver.recv(1 << 16, False):  # a slow reader: it finds the ring full, and the sender never sleeps
-            pass
+        for _ in range(12):  # a slow reader: it never comes to the end
+            receiver.recv(1 << 16, False)
     assert not asked
     for _ in range(20):
         while sender.send(block, False):
             pass
-        assert sender.park_writer()
         while receiver.recv(1 << 16, False):
             pass
-        sender.unpark_writer()
-        assert receiver.recv(1, False) is None
     assert asked == [1]
 
 

@@ -766,13 +766,14 @@ def test_what_a_full_connection_took_arrives_and_then_it_takes_more(pair: tuple[
     one.settimeout(SHORT_S)
     with pytest.raises(TimeoutError):
         one.sendall(bytes(1 << 24))
-    assert len(other.recv(100_000, WAIT_ALL)) == 100_000
+    first = min(taken, 100_000)  # how much fits may differ
+    assert len(other.recv(first, WAIT_ALL)) == first
     with meanwhile(lambda: received(other, random.Random(7))) as found:
         one.settimeout(None)
         one.sendall(b"end")
         one.close()
     assert found[0].endswith(b"end")
-    assert len(found[0]) + 100_000 >= taken + 3
+    assert len(found[0]) + first >= taken + 3
 
 
 ENDS: dict[str, tuple[Callable[[Any], Any], Any]] = {

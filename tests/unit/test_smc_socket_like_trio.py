@@ -19,7 +19,8 @@ from smc_stream_rig import SmcRig, bounded, leak_checked, until
 import ism.smc
 
 LOOPBACK = "127.0.0.1"
-MANY = 1 << 22
+MANY = 1 << 23
+"""More bytes than TCP takes that nobody reads: the kernel lets one side's buffer grow to 4 MiB."""
 """More than either transport buffers."""
 
 
