@@ -387,7 +387,7 @@ async def test_a_stream_that_is_dropped_without_close_warns_and_the_peer_reads_t
             del client
             gc.collect()
             assert await receive_all(server) == b"before it was forgotten"
-            assert any("unclosed" in str(warning.message) for warning in caught)
+            await until(lambda: any("unclosed" in str(warning.message) for warning in caught))
             assert {warning.category for warning in caught} == {ResourceWarning}
             said: list[str] = []
 
