@@ -16,6 +16,9 @@ How it is let go. With a clean close both regions go to the link group (`group`)
 peer. The driver and the service thread hold a connection weakly: one that is dropped without `close` is
 closed all the same, from a thread of its own, since a destructor may run anywhere, also inside the driver's locks.
 After a fork the connection stays the parent's; the child's copy is dead and touches nothing that is shared.
+
+The file is long because data, state and end share their locks and what they know of the peer. What could be told apart
+is elsewhere: rings (`ism.shm`), states (`states`), larger buffers (`tuning`), loans (`lending`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ as often as `amortise_checkpoints` says. Over TCP entering is a checkpoint in an
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 L = TypeVar("L", bound=Loan)
 
 
-class _Block(Generic[L]):
+class _Block(ABC, Generic[L]):
     """A block in which memory is lent."""
 
     __slots__ = ("_lent", "_size", "_stream")
@@ -66,8 +67,9 @@ class _Block(Generic[L]):
             return
         self._over()
 
+    @abstractmethod
     def _over(self) -> None:
-        raise NotImplementedError
+        """The loan is over: the direction is free again."""
 
     def _check_open(self) -> None:
         if self._stream._channel.closed:
