@@ -245,39 +245,31 @@ class Channel:
 
     # -- receiving --------------------------------------------------------------------------------------------------
 
+    def _turn_to_receive(self, timeout_s: float | None) -> _Held:
+        return _Held(self._reading, lambda: self._receive_loan, timeout_s)
+
+    def _turn_to_send(self, timeout_s: float | None) -> _Held:
+        return _Held(self._writing, lambda: self._send_loan, timeout_s)
+
     def recv(self, max_bytes: int, timeout_s: float | None) -> bytes:
         """Receive 1 to `max_bytes` bytes; b"" at the end. Raises OSError: as TCP."""
-        lock = self._reading  # by hand: `_Held` would cost as much as the rest
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._receive_loan, timeout_s)
-        try:
-            if self._receive_loan is not None:
-                self._receive_loan.settle()
+        with self._turn_to_receive(timeout_s):
             data = self.connection.recv(max_bytes, timeout_s != 0.0)
             if data is None:
                 data = self._wait_for(lambda: self.connection.recv(max_bytes), timeout_s)
             if self.mirrored:
                 self._refresh()
             return data
-        finally:
-            lock.release()
 
     def recv_into(self, buffer: _Buffer, timeout_s: float | None) -> int:
         """Receive into a writable buffer of at least one byte; 0 at the end. Raises OSError: as TCP."""
-        lock = self._reading
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._receive_loan, timeout_s)
-        try:
-            if self._receive_loan is not None:
-                self._receive_loan.settle()
+        with self._turn_to_receive(timeout_s):
             count = self.connection.recv_into(buffer, timeout_s != 0.0)
             if count is None:
                 count = self._wait_for(lambda: self.connection.recv_into(buffer), timeout_s)
             if self.mirrored:
                 self._refresh()
             return count
-        finally:
-            lock.release()
 
     def peek(self, max_bytes: int, timeout_s: float | None, *, all_of_it: bool = False) -> bytes:
         """Copy up to `max_bytes` that stay to be received; with `all_of_it` so many, or what there is at the end."""
@@ -288,29 +280,23 @@ class Channel:
                 return None
             return data
 
-        with _Held(self._reading, self._receive_loan, timeout_s):
-            if self._receive_loan is not None:
-                self._receive_loan.settle()
+        with self._turn_to_receive(timeout_s):
             data = look()
             return self._wait_for(look, timeout_s) if data is None else data
 
     def lend_unread(self, max_bytes: int, timeout_s: float | None) -> ReceiveLoan:
         """Lend bytes where they lie; empty at the end. Raises OSError: as a receive; BufferError."""
-        lock = self._reading
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._receive_loan, timeout_s)
+        held = self._turn_to_receive(timeout_s)
         try:
-            if self._receive_loan is not None:
-                self._receive_loan.settle()
             self.connection.endpoint.change_gates(rx_shut=_LENT)  # before the look: what it shows is nobody else's
             view = self.connection.lend_unread(max_bytes, timeout_s != 0.0)
             if view is None:
                 view = self._wait_for(lambda: self.connection.lend_unread(max_bytes), timeout_s)
-            made = ReceiveLoan(view, self._give_back, check_open=self._check_open, lock=lock)
+            made = ReceiveLoan(view, self._give_back, check_open=self._check_open, lock=self._reading)
             self._receive_loan = made
         except BaseException:
             self.connection.endpoint.change_gates(rx_open=_LENT)
-            lock.release()
+            held.release()
             raise
         return made
 
@@ -386,12 +372,7 @@ class Channel:
 
     def send(self, data: _Buffer, timeout_s: float | None) -> int:
         """Send some of `data`, without a timeout all of it. Returns bytes sent. Raises OSError: as TCP."""
-        lock = self._writing
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._send_loan, timeout_s)
-        try:
-            if self._send_loan is not None:
-                self._send_loan.settle()
+        with self._turn_to_send(timeout_s):
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
@@ -402,24 +383,15 @@ class Channel:
                 self.connection.endpoint.change_gates(tx_open=HELD)
                 return sent
             return self._send_rest(data, sent, timeout_s, everything=timeout_s is None)
-        finally:
-            lock.release()
 
     def send_all(self, data: _Buffer, timeout_s: float | None) -> None:
         """Send all of `data`. Raises OSError: as TCP; then nobody knows how much was sent."""
-        lock = self._writing
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._send_loan, timeout_s)
-        try:
-            if self._send_loan is not None:
-                self._send_loan.settle()
+        with self._turn_to_send(timeout_s):
             sent = self.connection.send(data)
             if _mirrored_here:
                 self._tell_peer_here()
             if sent != (len(data) if type(data) is bytes else memoryview(data).nbytes):
                 self._send_rest(data, sent, timeout_s, everything=True)
-        finally:
-            lock.release()
 
     def _send_rest(self, data: _Buffer, sent: int, timeout_s: float | None, *, everything: bool) -> int:
         try:
@@ -458,12 +430,8 @@ class Channel:
 
     def lend_room(self, size: int, timeout_s: float | None) -> SendLoan:
         """Lend room for up to `size` bytes in the peer's ring. Raises OSError: as a send; BufferError."""
-        lock = self._writing
-        if not lock.acquire(False):
-            wait_for_turn(lock, self._send_loan, timeout_s)
+        held = self._turn_to_send(timeout_s)
         try:
-            if self._send_loan is not None:
-                self._send_loan.settle()
             view = self.connection.lend_room(size)
             if not view:
                 deadline = deadline_of(NONBLOCKING_WAIT_S if timeout_s == 0.0 else timeout_s)
@@ -472,10 +440,10 @@ class Channel:
                     view = self.connection.lend_room(size)
                     if not view:
                         _check_time(deadline, timeout_s)
-            made = self._send_loan = SendLoan(view, self._publish, check_open=self._check_open, lock=lock)
+            made = self._send_loan = SendLoan(view, self._publish, check_open=self._check_open, lock=self._writing)
             self.connection.endpoint.change_gates(tx_shut=_LENT)
         except BaseException:
-            lock.release()
+            held.release()
             raise
         return made
 
@@ -488,9 +456,7 @@ class Channel:
 
     def send_now(self, data: _Buffer) -> int:
         """Send what fits of `data`, without waiting. Returns bytes sent, 0 for none. Raises OSError: as TCP."""
-        with _Held(self._writing, self._send_loan, 0.0):
-            if self._send_loan is not None:
-                self._send_loan.settle()
+        with self._turn_to_send(0.0):
             sent = self.connection.send(data)
             self.connection.endpoint.change_gates(tx_open=HELD)
             if _mirrored_here:
@@ -564,17 +530,25 @@ def wait_for_turn(lock: threading.Lock, loan: Loan | None, timeout_s: float | No
 
 
 class _Held:
-    """One thread at a time in one direction; whoever comes second waits within its timeout."""
+    """One thread at a time in one direction; whoever comes second waits within its timeout. A pinned loan is ended."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("release",)
 
-    def __init__(self, lock: threading.Lock, loan: Loan | None, timeout_s: float | None) -> None:
-        self._lock = lock
+    def __init__(self, lock: threading.Lock, loan: Callable[[], Loan | None], timeout_s: float | None) -> None:
+        """Args: `loan`: returns the loan of the direction. Raises OSError: as TCP; BufferError."""
         if not lock.acquire(blocking=False):
-            wait_for_turn(lock, loan, timeout_s)
+            wait_for_turn(lock, loan(), timeout_s)
+        self.release = lock.release
+        left = loan()
+        if left is not None:
+            try:
+                left.settle()
+            except BaseException:
+                lock.release()
+                raise
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.release()
