@@ -97,9 +97,9 @@ from ism.shm.state import (
 _PERIOD_RINGS = 16
 """What is counted below is counted over so many ring sizes of bytes."""
 _OFTEN = 4
-_HOT_BYTES = 512 * 1024
+_HOT_BYTES = 2 * 1024 * 1024
 """A ring smaller than this grows when it is full often; a larger one only if it is also empty often, so that each end
-waits for the other: it is as large as a processor's own cache, and a reader that is merely slow would not gain."""
+waits for the other: a reader that is merely slow would not gain."""
 
 
 # Receiving ------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ _SPINS_PER_WIN, _SPINS_SAVED = 2, 8
 """How many spins in vain one success pays for, and how many may be saved up."""
 _FIRST_BACKOFF, _LAST_BACKOFF = 4, 256
 """Waits without a spin before the next trial, doubled after each trial that failed."""
+BRIEF_NS = 2_000
+"""How long a spin may keep the GIL: other threads wait."""
 FAR_SPIN_FACTOR = 4
 """How much longer a spin may be when the peer is behind another kernel."""
 _POLLS_PER_CLOCK = 16
@@ -294,6 +296,27 @@ def spin_for_data(state: Any) -> bool:
     acquire_gil(thread)
     put(state, RX_BUSY, 0)
     _adapt(state, RX_SPIN, granted, won)
+    return won
+
+
+@helper
+def spin_briefly_for_data(state: Any) -> bool:
+    """As `spin_for_data`, for so short a time that the GIL is kept, and only while spinning pays.
+
+    An answer that takes a microsecond comes while it would be given up, and the caller went another way.
+    """
+    header = get(state, RX_HEADER)
+    flags = load_relaxed_u32(header + FLAGS)
+    if flags & STATE_FLAGS != 0 or get(state, PEER_FLAGS) & STATE_FLAGS != 0:
+        return False
+    if get(state, RX_SPIN + SPIN_BUDGET_NS) <= 0:
+        return False
+    granted = _granted_ns(state, RX_SPIN)
+    if granted == 0:
+        return False
+    won = _spin(header + PRODUCER, get(state, PEER_PRODUCER), header + FLAGS, flags, min(granted, BRIEF_NS))
+    if won:
+        _adapt(state, RX_SPIN, granted, won)
     return won
 
 

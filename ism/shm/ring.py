@@ -26,6 +26,7 @@ from ism.shm.park import (
     owes_reader,
     owes_writer,
     reader_sleeps,
+    spin_briefly_for_data,
     spin_for_data,
     spin_for_room,
 )
@@ -263,7 +264,11 @@ def _unread(state: Any, wanted: int, wait: int) -> int:
     unread = get(state, PEER_PRODUCER) - get(state, CONSUMER)
     if unread < wanted:
         unread = readable(state)
-        if unread == 0 and wait & SHORT == 0:
+        if unread == 0 and wait & SHORT != 0:
+            if wait & SPIN != 0 and spin_briefly_for_data(state):
+                put(state, RX_DRY, get(state, RX_DRY) + 1)  # in vain, the receive that follows counts it
+                unread = readable(state)
+        elif unread == 0:
             put(state, RX_DRY, get(state, RX_DRY) + 1)
             if wait & SPIN != 0 and spin_for_data(state):
                 unread = readable(state)
@@ -291,7 +296,7 @@ def recv(state: Any, max_bytes: int, wait: int) -> Any:
 
     DOORBELL and ATTENTION are added to RX_OWED, where they stay until somebody has taken them by `take_owed`: threads
     that receive in turns need not know whose they were.
-    `wait`: of SPIN and SHORT, as for `send`.
+    `wait`: of SPIN and SHORT, as for `send`. Both: a spin of `BRIEF_NS` at most, with the GIL held.
     """
     unread = _unread(state, max_bytes, wait)
     if unread <= 0:

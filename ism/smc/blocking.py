@@ -35,7 +35,7 @@ from typing import Any
 from ism.driver import Device
 from ism.errors import ConfigError, IsmError
 from ism.shm.endpoint import QUICK, Endpoint
-from ism.shm.state import GATED, SHORT
+from ism.shm.state import GATED, SHORT, SPIN
 from ism.smc import info as _info
 from ism.smc import monitor
 from ism.smc.channel import Channel, deadline_of, left_ms, would_block
@@ -93,6 +93,7 @@ class _Waker:
 
 
 _QUICKLY = GATED | SHORT
+_QUICKLY_SPIN = SPIN | SHORT
 _QUICK_BUFFERS = (bytearray, memoryview)
 _NOTHING_OWED = memoryview(bytes(8)).cast("q")
 
@@ -524,7 +525,7 @@ class socket(_Base):
         """As `socket.recv`."""
         quick = self._quick_recv
         if quick is not None and type(bufsize) is int and 0 < bufsize <= sys.maxsize and not flags:
-            data = quick(bufsize, _QUICKLY)
+            data = quick(bufsize, _QUICKLY_SPIN if self.gettimeout() != 0.0 else _QUICKLY)
             if data is not None:
                 if self._rx_owed[0]:
                     assert self._quick_end is not None
@@ -584,7 +585,7 @@ class socket(_Base):
         quick = self._quick_recv_into
         if quick is not None and not nbytes and not flags and type(buffer) in _QUICK_BUFFERS:
             try:
-                count = quick(buffer, _QUICKLY)
+                count = quick(buffer, _QUICKLY_SPIN if self.gettimeout() != 0.0 else _QUICKLY)
                 if count > 0:
                     return count if count < QUICK else self._finish(count)
             except (TypeError, BufferError):

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ism.smc")
 
-FIRST_BYTES = 1024 * 1024
-"""The first larger ring: about what a processor core keeps close by."""
+FIRST_BYTES = 4 * 1024 * 1024
+"""The first larger ring. It is more than a core keeps for itself: in a ring that the reader's core holds whole, each
+line that is written must be taken from there. 64 KiB messages were a third faster than in 1 MiB, those of 1 MiB twice."""
 STEP = 4
 LARGEST_OFFER = 1 << 30
 """A peer's ring that is larger is not attached."""
@@ -67,7 +68,7 @@ class Tuner:
         self._offer: tuple[int, int, int] | None = None
         self._turns = TURNS
         self._queued = self._closed = self._refused = self._unfinished = False
-        self._armed = limit >= FIRST_BYTES
+        self._armed = limit > endpoint.rx_ring_bytes
         self._sent_seen, self._idle_ticks = 0, 0
         self._receiving_bytes = endpoint.rx_ring_bytes
         endpoint.attend = self._attend
@@ -171,7 +172,12 @@ class Tuner:
         if _grown.total + size > PROCESS_BYTES or 2 * size > self._device.free_window:
             return
         grants = [] if self._peer == self._device.devid else [(_SENDER_RIGHTS, self._peer)]
-        region = self._device.alloc(size, interrupt=False, grants=grants)
+        try:
+            region = self._device.alloc(size, interrupt=False, grants=grants)
+        except QuotaError:
+            if size // STEP <= self._receiving_bytes:
+                raise
+            region = self._device.alloc(size // STEP, interrupt=False, grants=grants)
         self._refused = False
         if self._keep(region):
             endpoint.offer_ring(region, region.token)

@@ -195,14 +195,14 @@ def test_a_full_ring_asks_for_a_larger_one_once_and_a_quiet_one_does_not() -> No
 
 
 def test_a_large_ring_grows_only_if_it_is_empty_as_often_as_full() -> None:
-    sender, receiver, _ = pair(1 << 20)
+    sender, receiver, _ = pair(1 << 22)
     asked: list[int] = []
     receiver.attend, receiver.may_grow = lambda: asked.append(1), True
-    block = b"b" * (1 << 20)
+    block = b"b" * (1 << 22)
     for _ in range(20):
         while sender.send(block, False):
             pass
-        for _ in range(12):  # a slow reader: it never comes to the end
+        for _ in range(48):  # a slow reader: it never comes to the end
             receiver.recv(1 << 16, False)
     assert not asked
     for _ in range(20):

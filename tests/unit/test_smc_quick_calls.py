@@ -18,7 +18,20 @@ from socket_pairs import LIMIT_S, SmcPairs, smc_pairs
 from ism.errors import LocalProtocolError, TransportError
 from ism.memory import Mapping
 from ism.shm import HEADER_BYTES, Endpoint
-from ism.shm.state import ATTENTION, DOORBELL, FAILED_LOOK, GATED, HELD, NOT_SENDING, PEER_GONE, SHORT
+from ism.shm.state import (
+    ATTENTION,
+    DOORBELL,
+    FAILED_LOOK,
+    GATED,
+    HELD,
+    NOT_SENDING,
+    PEER_GONE,
+    RX_DRY,
+    RX_SPIN,
+    SHORT,
+    SPIN,
+    SPIN_BUDGET_NS,
+)
 from ism.smc import tuning
 from ism.smc.states import Outcome
 
@@ -256,3 +269,14 @@ def test_an_offer_without_a_number_or_too_large_is_dropped() -> None:
         made.tick()
         assert not device.asked
         made.close()
+
+
+def test_a_brief_spin_in_vain_costs_nothing_of_what_may_be_spun_and_gives_the_turn_back() -> None:
+    _, receiver, _ = ends()
+    receiver.max_spin_ns = 50_000
+    before = receiver._words[RX_SPIN + SPIN_BUDGET_NS]
+    assert before > 0
+    for _ in range(20):
+        assert receiver.quick_recv(10, SPIN | SHORT) is None
+    assert receiver._words[RX_SPIN + SPIN_BUDGET_NS] == before
+    assert not receiver._words[RX_DRY], "the receive that follows counts it"
