@@ -472,13 +472,22 @@ class Endpoint:
         number, token, length = (self._words[word] % 2**64 for word in offered)
         return number, token, length
 
+    @property
+    def ring_pending(self) -> bool:
+        """Whether the ring that `use_ring` was last given is not in use yet."""
+        return self._words[words.TX_NEXT_BYTES] != 0
+
     def use_ring(self, region: Mapped, number: int) -> None:
-        """Go on sending in a region that the peer has offered, from the next send on that may."""
-        mine = self._words
+        """Go on sending in a region that the peer has offered, from the next send on that may.
+
+        Not while `ring_pending`: a send in another thread must not see half of each. The length is set last.
+        """
+        mine, length = self._words, region.length
+        assert not mine[words.TX_NEXT_BYTES]
         self._rings[region.address] = _ring_view(region, 0)
         mine[words.TX_NEXT_OFFER] = number - (number >> 63 << 64)
         mine[words.TX_NEXT_RING] = region.address
-        mine[words.TX_NEXT_BYTES] = region.length
+        mine[words.TX_NEXT_BYTES] = length
 
     def go_home(self) -> bool:
         """Go back to the home ring for sending, if everything sent is consumed; tell whether.

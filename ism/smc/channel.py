@@ -71,7 +71,7 @@ def left_ms(deadline_s: float) -> float | None:
     return left * 1000
 
 
-_BOTH_HERE, _LENT, _MIRRORED = 8, 16, 32
+_BOTH_HERE, _LENT, _MIRRORED, _PEEKED = 8, 16, 32, 128
 """Why short sends or receives of a connection must not go past its channel, besides those of `ism.shm.state`."""
 
 
@@ -280,9 +280,14 @@ class Channel:
                 return None
             return data
 
+        gates = self.connection.endpoint
         with self._turn_to_receive(timeout_s):
-            data = look()
-            return self._wait_for(look, timeout_s) if data is None else data
+            gates.change_gates(rx_shut=_PEEKED)  # else the peer may write over what is looked at
+            try:
+                data = look()
+                return self._wait_for(look, timeout_s) if data is None else data
+            finally:
+                gates.change_gates(rx_open=_PEEKED)
 
     def lend_unread(self, max_bytes: int, timeout_s: float | None) -> ReceiveLoan:
         """Lend bytes where they lie; empty at the end. Raises OSError: as a receive; BufferError."""

@@ -42,7 +42,7 @@ log = logging.getLogger("ism.smc")
 
 FIRST_BYTES = 4 * 1024 * 1024
 """The first larger ring. It is more than a core keeps for itself: in a ring that the reader's core holds whole, each
-line that is written must be taken from there. 64 KiB messages were a third faster than in 1 MiB, those of 1 MiB twice."""
+line that is written must be taken from there. 64 KiB messages were a third faster than in 1 MiB, of 1 MiB twice."""
 STEP = 4
 LARGEST_OFFER = 1 << 30
 """A peer's ring that is larger is not attached."""
@@ -129,8 +129,8 @@ class Tuner:
 
     def _take_offer(self) -> None:
         self._offer = offer = self._endpoint.read_offer() or self._offer
-        if offer is None or not self._may_take_turn():
-            return
+        if offer is None or self._endpoint.ring_pending or not self._may_take_turn():
+            return  # one that was attached is used first: a peer that withdraws it for another has to wait
         number, token, length = offer
         if not number or not 0 < length <= LARGEST_OFFER:
             self._offer = None

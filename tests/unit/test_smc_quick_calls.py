@@ -6,6 +6,7 @@ A thread switch that is rare is forced: the other thread's call is made where it
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,60 @@ async def test_a_state_that_was_judged_before_the_peer_went_does_not_open_the_ga
     rig.close()
 
 
+def test_a_pinned_view_keeps_short_receives_out_whatever_was_tried_since(pairs: SmcPairs) -> None:
+    client, server = pairs.make()
+    with client, server:
+        client.sendall(b"0123456789abcdef")
+        with pytest.raises(BufferError), server.recv_view(10) as lent:
+            kept = lent.view[:3]
+        for _ in range(2):
+            with pytest.raises(BufferError):
+                server.recv_view(10)
+            with pytest.raises(BufferError):
+                server.recv(4)
+        kept.release()
+        del kept
+        assert server.recv(100) == b"abcdef"
+
+
+def test_what_is_peeked_at_is_not_received_meanwhile(pairs: SmcPairs) -> None:
+    client, server = pairs.make()
+    with client, server:
+        client.sendall(b"look at me")
+        endpoint, taken = server._channel.connection.endpoint, []
+
+        def look_and_be_overtaken(count: int) -> bytes:
+            taken.append(server._quick_recv(100, QUICKLY))
+            return endpoint.peek_copy(count)
+
+        server._channel.connection.peek, look = look_and_be_overtaken, server._channel.connection.peek
+        try:
+            assert server.recv(100, socket.MSG_PEEK) == b"look at me"
+        finally:
+            server._channel.connection.peek = look
+        assert taken == [None]
+        assert server.recv(100) == b"look at me"
+
+
+def test_a_ring_that_is_not_in_use_yet_is_not_exchanged_for_another() -> None:
+    sender, _, _ = ends()
+    sender.use_ring(Mapping(1 << 20), 1)
+    assert sender.ring_pending
+    with pytest.raises(AssertionError):
+        sender.use_ring(Mapping(4096), 2)
+    sender.send(b"x")
+    assert not sender.ring_pending
+    assert sender.tx_ring_bytes == 1 << 20
+    made, endpoint, device = tuner()
+    endpoint.may_grow, endpoint.ring_pending, endpoint.offer = True, True, (2, 5, 1 << 20)
+    made.look()
+    assert not device.asked
+    endpoint.ring_pending = False
+    made.tick()
+    assert device.asked == 1
+    made.close()
+
+
 class FakeEndpoint:
     """What a tuner sees of an endpoint."""
 
@@ -170,7 +225,7 @@ class FakeEndpoint:
         self.may_grow = self.offer_pending = False
         self.rx_ring_bytes, self.sent_bytes = 61440, 0
         self.offer: tuple[int, int, int] | None = None
-        self.busy = False
+        self.busy = self.ring_pending = False
         self.offered: list[Any] = []
         self.used: list[tuple[Any, int]] = []
 
